@@ -1,0 +1,102 @@
+"""What a person sees: headers, progress bars, one line per epoch. Plain lines when not on a terminal, silent when asked."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class Console:
+    """`quiet` says nothing but warnings; everything said also goes to `log` once it is set."""
+
+    def __init__(self, quiet: bool = False):
+        self.quiet = quiet
+        # messages for people go to standard error: standard output belongs to --json and to pipes
+        self.rich = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+        self.log: Path | None = None
+
+    def say(self, text: str = "", style: str | None = None) -> None:
+        if not self.quiet:
+            self.rich.print(text, style=style, markup=False)
+        self._note(text)
+
+    def warn(self, text: str) -> None:
+        self.rich.print(f"warning: {text}", style="yellow", markup=False)
+        self._note(f"warning: {text}")
+
+    def pairs(self, rows: Sequence[tuple[str, str]], title: str | None = None) -> None:
+        """A two-column block: what, and its value."""
+        if title:
+            self.say(title, style="bold")
+        width = max(len(name) for name, _ in rows)
+        for name, value in rows:
+            self.say(f"  {name:<{width}}  {value}")
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
+        table = Table(*columns, title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for row in rows:
+            table.add_row(*map(str, row))
+        if not self.quiet:
+            self.rich.print(table)
+        buffer = io.StringIO()
+        RichConsole(file=buffer, width=160).print(table)
+        self._note(buffer.getvalue().rstrip())
+
+    @contextlib.contextmanager
+    def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """`advance(n)` while the work goes on: a bar with time left on a terminal, nothing elsewhere."""
+        if self.quiet or not self.rich.is_terminal:
+            yield lambda n=1: None
+            return
+        bar = Progress(
+            TextColumn(f"{what:<22}"), BarColumn(bar_width=32), MofNCompleteColumn(), TextColumn("time left"), TimeRemainingColumn(compact=True),
+            console=self.rich, transient=True,
+        )  # fmt: skip
+        with bar:
+            task = bar.add_task(what, total=total)
+            yield lambda n=1: bar.advance(task, n)
+
+    @contextlib.contextmanager
+    def timed(self, seconds: dict[str, float], name: str) -> Iterator[None]:
+        """Add the time of a block to seconds[name]."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def _note(self, text: str) -> None:
+        if self.log is not None:
+            with open(self.log, "a", encoding="utf-8") as file:
+                file.write(text + "\n")
+
+
+def significant(value: float | None, digits: int = 3) -> str:
+    """A number for people: 0.512, 1.3e-05, or a dash for none."""
+    return "-" if value is None else f"{value:.{digits}g}"
+
+
+def duration(seconds: float) -> str:
+    """12 s, 3 min 5 s, 2 h 10 min"""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+
+
+def size(count: float) -> str:
+    """12.3 MB, 4.0 GB (decimal)"""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError

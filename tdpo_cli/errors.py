@@ -1,0 +1,9 @@
+"""What can go wrong, by who can mend it: the request (exit status 2) or the work itself (exit status 1)."""
+
+
+class RequestError(ValueError):
+    """The request was wrong. The message says what was seen, what was expected and what to do."""
+
+
+class WorkError(RuntimeError):
+    """The request was fine and the work failed. The message names the step and what is safe on disk."""

@@ -1,0 +1,218 @@
+"""Stable Diffusion 1.x and 2.x as a policy: UNet with LoRA (or fully trained), VAE and text encoder frozen."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from tdpo_cli.errors import RequestError
+from tdpo_cli.models import ddim, lora
+from tdpo_cli.preset import Model
+from tdpo_cli.randomness import Randomness
+from tdpo_cli.types import Transition
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class StableDiffusion:
+    """A Policy (see tdpo_cli.models). Networks may be half precision; latents, the DDIM step and log-probs are fp32."""
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        scheduler_config: dict[str, Any],
+        device: torch.device,
+        negative_prompt: str = "",
+    ):
+        self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
+        self.scheduler_config = scheduler_config
+        self.device = device
+        size = unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        self.latent_shape = (unet.config.in_channels, height, width)
+        self.trainable: dict[str, nn.Parameter] = {}
+        self.reference_unet: UNet2DConditionModel | None = None  # only when the whole UNet trains
+        self.autocast_dtype: torch.dtype | None = None  # only when fp32 weights are trained in half precision
+        self._negative = self.encode([negative_prompt])  # [1,L,D]
+        self._warned_about_length = False
+
+    # --- text -----------------------------------------------------------------------------------------------------------
+    def _tokenize(self, prompts: Sequence[str]) -> Tensor:
+        limit = self.tokenizer.model_max_length
+        ids = self.tokenizer(list(prompts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt").input_ids
+        return ids
+
+    def longer_than_limit(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts whose ends the tokenizer cuts off."""
+        limit = self.tokenizer.model_max_length
+        lengths = [len(ids) for ids in self.tokenizer(list(prompts), verbose=False).input_ids]
+        return [prompt for prompt, length in zip(prompts, lengths, strict=True) if length > limit]
+
+    def normal_form(self, prompt: str) -> str:
+        """The prompt as the text encoder saw it: lower case, truncated. Prompts are told apart by it."""
+        return self.tokenizer.decode(self._tokenize([prompt])[0], skip_special_tokens=True)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Token embeddings [b,L,D]; each distinct prompt goes through the encoder once."""
+        distinct = list(dict.fromkeys(prompts))
+        chunks = [self.text_encoder(self._tokenize(distinct[i : i + 64]).to(self.device))[0] for i in range(0, len(distinct), 64)]
+        row = {prompt: i for i, prompt in enumerate(distinct)}
+        return torch.cat(chunks)[[row[prompt] for prompt in prompts]]
+
+    # --- denoising ------------------------------------------------------------------------------------------------------
+    def set_schedule(self, steps: int, eta: float) -> None:
+        self.schedule = ddim.schedule(self.scheduler_config, steps, eta).to(self.device)
+        self.timesteps = self.schedule.timesteps
+
+    def predict(self, x_t: Tensor, k: Tensor, embeds: Tensor, guidance: float, reference: bool = False) -> Tensor:
+        """The network's prediction at step k, guided (Ho & Salimans 2022) if guidance > 1. x_t [b,C,h,w], k [b] -> [b,C,h,w]"""
+        unet, adapter = self._network(reference)
+        t = self.timesteps[k]
+        guided = guidance > 1
+        if guided:
+            negative = self._negative.expand(len(x_t), -1, -1)
+            x_t, t, embeds = torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([negative, embeds])
+        autocast = torch.autocast(self.device.type, self.autocast_dtype) if self.autocast_dtype else nullcontext()
+        with adapter, autocast:
+            prediction = unet(x_t.to(unet.dtype), t, encoder_hidden_states=embeds.to(unet.dtype), return_dict=False)[0]
+        if not guided:
+            return prediction
+        unconditional, conditional = prediction.chunk(2)
+        return unconditional + guidance * (conditional - unconditional)
+
+    def transition(self, x_t: Tensor, k: Tensor, embeds: Tensor, guidance: float, reference: bool = False) -> Transition:
+        """p(x_{t-1} | x_t, c) of step k; rollout and update both come here."""
+        return ddim.transition(self.predict(x_t, k, embeds, guidance, reference), x_t, k, self.schedule)
+
+    def _network(self, reference: bool):
+        if not reference:
+            return self.unet, nullcontext()
+        if self.reference_unet is not None:
+            return self.reference_unet, nullcontext()
+        return self.unet, lora.switched_off(self.unet) if self.trainable else nullcontext()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """[b,C,h,w] -> images [b,3,H,W] float32 in [0,1]"""
+        scaled = latents.to(self.device, torch.float32) / self.vae.config.scaling_factor
+        return (self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+
+    # --- weights --------------------------------------------------------------------------------------------------------
+    def train_lora(self, rank: int, generator: torch.Generator) -> None:
+        lora.attach(self.unet, rank, generator)
+        self.trainable = lora.parameters(self.unet)
+
+    def train_everything(self, keep_reference: bool, compute_dtype: torch.dtype) -> None:
+        """Full fine-tuning: fp32 weights, computing in `compute_dtype`; the reference is a frozen copy."""
+        if keep_reference:
+            self.reference_unet = copy.deepcopy(self.unet)
+        self.unet.float().requires_grad_(True)
+        self.autocast_dtype = compute_dtype if compute_dtype != torch.float32 else None
+        self.trainable = dict(self.unet.named_parameters())
+
+    def load_adapter(self, path: Path, trainable: bool, scale: float = 1.0) -> int:
+        """Attach LoRA weights from disk. -> their rank. Raises RequestError."""
+        rank = lora.load(self.unet, path)
+        parameters = lora.parameters(self.unet)
+        for parameter in parameters.values():
+            parameter.requires_grad_(trainable)
+        if trainable:
+            self.trainable = parameters
+        if scale != 1.0:
+            lora.set_scale(self.unet, scale)
+        return rank
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: parameter.detach().cpu().clone() for name, parameter in self.trainable.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        ours = {name: tuple(p.shape) for name, p in self.trainable.items()}
+        theirs = {name: tuple(p.shape) for name, p in state.items()}
+        if ours != theirs:
+            odd = next(iter(sorted(set(ours.items()) ^ set(theirs.items()))))
+            raise RequestError(f"saved policy weights do not fit this model: {odd[0]} {list(odd[1])}. Was model.lora_rank or model.base changed?")
+        with torch.no_grad():
+            for name, parameter in self.trainable.items():
+                parameter.copy_(state[name])
+
+    def save(self, folder: Path) -> None:
+        """LoRA in diffusers' layout, or the whole UNet as `unet/`."""
+        if self.autocast_dtype is None and self.reference_unet is None and any("lora_" in name for name in self.trainable):
+            lora.save(self.unet, folder)
+        else:
+            self.unet.save_pretrained(folder / "unet")
+
+
+# --- loading ------------------------------------------------------------------------------------------------------------
+def load(
+    source: str,
+    model: Model,
+    *,
+    device: torch.device,
+    trainable: bool = True,
+    negative_prompt: str = "",
+    keep_reference: bool = False,
+    randomness: Randomness | None = None,
+) -> StableDiffusion:
+    """Networks of a StableDiffusionPipeline folder or hub id, one by one (no pipeline object, no safety checker)."""
+    dtype = DTYPES[model.dtype] if device.type != "cpu" else torch.float32
+    part = lambda cls, subfolder, **kw: _component(cls, source, subfolder, model.revision, **kw)  # noqa: E731
+    text_encoder = part(CLIPTextModel, "text_encoder", torch_dtype=dtype)
+    tokenizer = part(CLIPTokenizer, "tokenizer")
+    vae = part(AutoencoderKL, "vae", torch_dtype=dtype)
+    unet = part(UNet2DConditionModel, "unet", torch_dtype=dtype)
+    scheduler_config = _scheduler_config(source, model.revision)
+    for network in (text_encoder, vae, unet):
+        network.requires_grad_(False).eval().to(device)
+    policy = StableDiffusion(unet, vae, text_encoder, tokenizer, scheduler_config, device, negative_prompt)
+    if trainable:
+        _make_trainable(policy, model, dtype, keep_reference, randomness or Randomness(0))
+    elif model.start_from:
+        policy.load_adapter(Path(model.start_from), trainable=False)
+    return policy
+
+
+def _make_trainable(policy: StableDiffusion, model: Model, dtype: torch.dtype, keep_reference: bool, randomness: Randomness) -> None:
+    if model.lora_rank == 0:
+        policy.train_everything(keep_reference, dtype)
+    elif model.start_from is None:
+        policy.train_lora(model.lora_rank, randomness.initial_weights("lora"))
+    else:
+        rank = policy.load_adapter(Path(model.start_from), trainable=True)
+        if rank != model.lora_rank:
+            raise RequestError(f"{model.start_from} has LoRA rank {rank}, the preset says {model.lora_rank}. Use --set model.lora_rank={rank}.")
+
+
+def _component(cls: type, source: str, subfolder: str, revision: str | None, **options: Any) -> Any:
+    """`cls.from_pretrained` of one part; folders that hold only fp16 files are read too. Raises RequestError."""
+    network = issubclass(cls, nn.Module)
+    error: Exception | None = None
+    for variant in (None, "fp16") if network else (None,):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return cls.from_pretrained(source, subfolder=subfolder, revision=revision, **options, **({"variant": variant} if variant else {}))
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as caught:
+            error = error or caught
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    raise RequestError(f"{source}: cannot load its {subfolder} ({cls.__name__}): {reason}") from None
+
+
+def _scheduler_config(source: str, revision: str | None) -> dict[str, Any]:
+    try:
+        return dict(DDIMScheduler.load_config(source, subfolder="scheduler", revision=revision))
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{source}: cannot read its scheduler: {str(error).strip().splitlines()[0]}") from None

@@ -1,0 +1,125 @@
+"""What scores an image: the published reward models, simple rewards without weights, and a user's own functions.
+
+A reward is a name in the table below and a factory in its own file; adding one is one file and one line. Nothing heavy
+is imported before a reward is loaded, so the names are there for a help text or a dry run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tdpo_cli.errors import RequestError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from tdpo_cli.rewards.backbones import Backbones
+
+VARIANTS = ("tdpo", "package")  # as the official TDPO computes a score, as the reward's own package does
+
+
+class RewardError(RequestError):
+    """A reward cannot be had as asked: the message names the file, key, shape or name, and what to do."""
+
+
+class Reward(Protocol):
+    """A scorer of images. Frozen; lives where its backbones live."""
+
+    name: str
+    needs_prompt: bool
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """images [b,3,H,W] float in [0,1], one prompt each -> [b] float32 on the images' device.
+
+        A reward without needs_prompt does not read the prompts. The four reward models give finite scores on finite
+        images; a custom reward's NaN comes back as it is, for the caller to judge.
+        """
+
+    def describe(self) -> dict[str, Any]:
+        """checkpoint, sha256 (file -> hex digest), variant, preprocessing, scale: what a score's reader must know."""
+
+
+# name -> (module, factory, whether the score depends on the prompt)
+_REWARDS = {
+    "aesthetic": ("tdpo_cli.rewards.aesthetic", "aesthetic", False),
+    "pickscore": ("tdpo_cli.rewards.pickscore", "pickscore", True),
+    "hpsv2": ("tdpo_cli.rewards.hpsv2", "hpsv2", True),
+    "hpsv2.1": ("tdpo_cli.rewards.hpsv2", "hpsv2_1", True),
+    "imagereward": ("tdpo_cli.rewards.imagereward", "imagereward", True),
+    "jpeg-compressibility": ("tdpo_cli.rewards.simple", "jpeg_compressibility", False),
+    "jpeg-incompressibility": ("tdpo_cli.rewards.simple", "jpeg_incompressibility", False),
+    "gold": ("tdpo_cli.rewards.simple", "gold", True),
+}
+
+
+def names() -> tuple[str, ...]:
+    """The built-in rewards."""
+    return tuple(_REWARDS)
+
+
+def check_name(name: str) -> None:
+    """RewardError, with a suggestion, unless `name` is built in or has the form of a custom reward."""
+    if name in _REWARDS or ":" in name:
+        return
+    close = difflib.get_close_matches(name.lower(), _REWARDS, n=1, cutoff=0.4)
+    suggestion = f" Did you mean {close[0]}?" if close else ""
+    raise RewardError(
+        f"unknown reward {name!r}.{suggestion} Built in: {', '.join(_REWARDS)}; "
+        "your own: module:function or path/file.py:function."
+    )
+
+
+def needs_prompt(name: str) -> bool:
+    """Whether the reward's score depends on the prompt, known without loading its weights."""
+    check_name(name)
+    if name in _REWARDS:
+        return _REWARDS[name][2]
+    from tdpo_cli.rewards import custom
+
+    return custom.custom(name).needs_prompt
+
+
+def load(name: str, backbones: Backbones, *, checkpoint: str | None = None, variant: str = "tdpo") -> Reward:
+    """The reward called `name`, on the backbones' device and in their precision.
+
+    `checkpoint` is a local path or a hub id, None for the published one. Rewards of one `backbones` share the networks
+    that are the same. Raises RewardError.
+    """
+    check_name(name)
+    if variant not in VARIANTS:
+        raise RewardError(f"unknown variant {variant!r} of reward {name}: expected {' or '.join(VARIANTS)}")
+    if name in _REWARDS:
+        module, factory, _ = _REWARDS[name]
+        return getattr(importlib.import_module(module), factory)(backbones, checkpoint, variant)
+    from tdpo_cli.rewards import custom
+
+    if checkpoint is not None:
+        raise RewardError(f"{name} is a custom reward and takes no checkpoint (got {checkpoint})")
+    return custom.custom(name)
+
+
+def half_precision_difference(
+    name: str,
+    dtype: torch.dtype,
+    images: Tensor,
+    prompts: Sequence[str],
+    *,
+    device: torch.device | str = "cpu",
+    checkpoint: str | None = None,
+    variant: str = "tdpo",
+) -> dict[str, float]:
+    """What computing a reward in `dtype` costs on these images: the largest and the mean |score - float32 score|."""
+    import torch
+
+    from tdpo_cli.rewards.backbones import Backbones
+
+    scores = []
+    for precision in (torch.float32, dtype):
+        reward = load(name, Backbones(device, precision), checkpoint=checkpoint, variant=variant)
+        scores.append(reward.score(images, prompts).double().cpu())
+    difference = (scores[1] - scores[0]).abs()
+    return {"max": difference.max().item(), "mean": difference.mean().item()}

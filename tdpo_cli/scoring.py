@@ -1,0 +1,52 @@
+"""Load the rewards a job needs, on shared backbones, and score batches of images with all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from tdpo_cli import rewards
+from tdpo_cli.errors import RequestError
+from tdpo_cli.rewards.backbones import Backbones
+from tdpo_cli.sandbox import ZOO
+
+ZOO_FOLDERS = {"aesthetic": "aesthetic", "pickscore": "pickscore", "hpsv2": "hpsv2", "hpsv2.1": "hpsv2", "imagereward": "imagereward"}
+
+
+def checkpoints(zoo: str | None, given: Mapping[str, str]) -> dict[str, str]:
+    """Reward name -> checkpoint: the zoo's, then what was given by hand. Names of neither mean the published ones."""
+    embedded = {name: str(ZOO / folder) for name, folder in ZOO_FOLDERS.items()} if zoo == "sandbox" else {}
+    for name in given:
+        rewards.check_name(name)
+    return {**embedded, **given}
+
+
+def load_rewards(
+    names: Sequence[str], backbones: Backbones, paths: Mapping[str, str], variant: str = "tdpo"
+) -> dict[str, rewards.Reward]:
+    """Rewards by name, in order. Raises RequestError."""
+    return {name: rewards.load(name, backbones, checkpoint=paths.get(name), variant=variant) for name in names}
+
+
+def score_images(
+    scorers: Mapping[str, rewards.Reward],
+    images: Tensor,
+    prompts: Sequence[str],
+    batch_size: int,
+    on_scored: Callable[[int], None] = lambda scores: None,
+) -> dict[str, Tensor]:
+    """images [B,3,H,W] in [0,1], one prompt each -> name -> [B] float32 on the CPU. `on_scored` hears of finished scores."""
+    scores: dict[str, Tensor] = {}
+    for name, reward in scorers.items():
+        parts = []
+        for start in range(0, len(images), batch_size):
+            batch = slice(start, start + batch_size)
+            with torch.no_grad():
+                parts.append(reward.score(images[batch], prompts[batch]).float().cpu())
+            on_scored(len(parts[-1]))
+        scores[name] = torch.cat(parts)
+        if scores[name].shape != (len(images),):
+            raise RequestError(f"reward {name} gave {tuple(scores[name].shape)} scores for {len(images)} images.")
+    return scores

@@ -253,6 +253,32 @@ def parse_override(text: str) -> tuple[str, Any]:
         return key.strip(), raw
 
 
+def differences(old: Preset, new: Preset) -> list[tuple[str, Any, Any]]:
+    """(section.key, old value, new value) wherever two presets differ."""
+    before, after = old.as_dict(), new.as_dict()
+    return [
+        (f"{section}.{key}", value, after[section][key])
+        for section, keys in before.items()
+        for key, value in keys.items()
+        if value != after[section][key]
+    ]
+
+
+def as_toml(preset: Preset) -> str:
+    """Every setting, as a preset file would say it; what is not set stands in a comment."""
+    lines = []
+    for section, keys in preset.as_dict().items():
+        lines.append(f"[{section}]")
+        for key, value in keys.items():
+            if isinstance(value, dict):
+                inner = ", ".join(f"{json.dumps(k)} = {json.dumps(v)}" for k, v in value.items())
+                lines.append(f"{key} = {{{inner}}}")
+            else:
+                lines.append(f"# {key}: not set" if value is None else f"{key} = {json.dumps(value)}")
+        lines.append("")
+    return "\n".join(lines)
+
+
 def describe() -> Iterator[tuple[str, str, Any, str]]:
     """(section.key, type, default, meaning) of every setting, in order."""
     for section, cls in SECTIONS.items():

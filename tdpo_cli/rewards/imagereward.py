@@ -78,9 +78,9 @@ class BlipBackbone(FrozenImageEncoder):
         self.paths = tuple(path for path in (weights, text_config, vision_config, vocabulary) if path)
         image_state, text_state = image_tower(state), text_tower(state)
         try:
-            image_settings = image_config(image_state, files.read_json(vision_config) if vision_config else {})
-            text_settings = text_encoder_config(text_state, files.read_json(text_config), image_settings.hidden_size)
             with files.building():
+                image_settings = image_config(image_state, files.read_json(vision_config) if vision_config else {})
+                text_settings = text_encoder_config(text_state, files.read_json(text_config), image_settings.hidden_size)
                 self.vision = BlipVisionModel(image_settings)
                 self.text = BlipTextModel(text_settings, add_pooling_layer=False)
         except KeyError as error:

@@ -99,8 +99,9 @@ def parse(prompts: list[str]) -> Tensor:
         row = _LOOKUP.get(prompt.strip().lower())
         if row is None:
             raise ValueError(
-                f"the gold reward cannot read the prompt {prompt!r}: expected 'a COLOUR SHAPE on a BACKGROUND background' "
-                f"with COLOUR in {', '.join(COLOURS)}; SHAPE in {', '.join(SHAPES)}; BACKGROUND in {', '.join(BACKGROUNDS)}"
+                f"the gold reward cannot read the prompt {prompt!r}: "
+                f"expected 'a COLOUR SHAPE on a BACKGROUND background' with "
+                f"COLOUR in {', '.join(COLOURS)}; SHAPE in {', '.join(SHAPES)}; BACKGROUND in {', '.join(BACKGROUNDS)}"
             )
         rows.append(row)
     return torch.tensor(rows, dtype=torch.long).reshape(-1, 3)
@@ -214,7 +215,8 @@ def render(scenes: Scene) -> Tensor:
     ink = torch.tensor(list(COLOURS.values()))[scenes.colour] + scenes.jitter[:, 0]  # [n, 3]
     ground = torch.tensor(list(BACKGROUNDS.values()))[scenes.background] + scenes.jitter[:, 1]
     ramp = torch.linspace(-1, 1, CANVAS)
-    shade = scenes.gradient[:, 0].view(-1, 1, 1) * ramp.view(1, 1, -1) + scenes.gradient[:, 1].view(-1, 1, 1) * ramp.view(1, -1, 1)
+    across, down = scenes.gradient.view(n, 2, 1, 1).unbind(1)
+    shade = across * ramp.view(1, 1, -1) + down * ramp.view(1, -1, 1)  # [n, 32, 32]
     canvas = ground.view(n, 3, 1, 1) + shade.unsqueeze(1)
     return (canvas + mask * (ink.view(n, 3, 1, 1) - canvas)).clamp(0, 1)
 
@@ -230,7 +232,7 @@ def gold(images: Tensor, prompts: list[str]) -> Tensor:
 
 @torch.no_grad()
 def gold_terms(images: Tensor, prompts: list[str]) -> dict[str, Tensor]:
-    """The parts of the gold reward, each [b] in [0, 1] except `radius` (px): what is read, and how well it fits the prompt."""
+    """The parts of the gold reward, each [b]; all in [0, 1] but `radius`, the size that was read, in px."""
     if len(prompts) != len(images):
         raise ValueError(f"{len(images)} images but {len(prompts)} prompts: give one prompt per image")
     images = _to_canvas(images)

@@ -42,7 +42,8 @@ def test_ledger_names_every_part():
 
 def test_tokenizer_has_one_token_per_word_and_needs_only_vocab_and_merges(pipeline):
     folder = ZOO / "pipeline" / "tokenizer"
-    assert {"vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"} <= {f.name for f in folder.iterdir()}
+    needed = {"vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"}
+    assert needed <= {file.name for file in folder.iterdir()}
     for prompt in world.all_prompts():
         assert len(pipeline.tokenizer(prompt).input_ids) == len(prompt.split()) + 2
     longest = max(len(text.split()) for text in world.caption(world.sample_scenes(0, 500)))

@@ -48,7 +48,7 @@ def main() -> None:
         code = _failed(error, 2)
     except WorkError as error:
         code = _failed(error, 1)
-    except Exception as error:  # what typer's own parser raises has a message and an exit status
+    except Exception as error:  # noqa: BLE001 - what typer's own parser raises has a message and an exit status
         if not hasattr(error, "format_message"):
             raise
         code = _failed(error.format_message(), getattr(error, "exit_code", 2))

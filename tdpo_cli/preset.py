@@ -7,7 +7,6 @@ the result. Standard library only, so that `--help` and `--dry-run` stay instant
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import sys
@@ -17,24 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tdpo_cli.errors import RequestError
+from tdpo_cli.settings import SettingError, accepts_none, convert, knob, said, suggest, type_name
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:  # pragma: no cover - the interpreter decides
     import tomli as tomllib
-
-
-class PresetError(RequestError):
-    """A preset or an override that cannot be run."""
-
-
-def knob(default: Any, doc: str, *, at_least: float | None = None, above: float | None = None, at_most: float | None = None):
-    """A setting, explained once: its default, its meaning with unit, and its range."""
-    metadata = {"doc": doc, "at_least": at_least, "above": above, "at_most": at_most}
-    if isinstance(default, dict):
-        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -189,24 +176,27 @@ def names() -> list[str]:
 
 def locate(name_or_path: str) -> Path:
     path = Path(name_or_path)
-    if path.suffix == ".toml":
+    if path.suffix in (".toml", ".json"):
         if not path.is_file():
-            raise PresetError(f"{path}: no such preset file.")
+            raise SettingError(f"{path}: no such preset file.")
         return path
     if name_or_path in names():
         return folder() / f"{name_or_path}.toml"
-    raise PresetError(f"unknown preset {name_or_path!r}.{suggest(name_or_path, names())} `tdpo presets` lists them.")
+    raise SettingError(f"unknown preset {name_or_path!r}.{suggest(name_or_path, names())} `tdpo presets` lists them.")
 
 
 def load(name_or_path: str, overrides: Sequence[tuple[str, Any]] = ()) -> Preset:
-    """The preset of that name or file, with `("section.key", value)` overrides on top, checked. Raises PresetError."""
+    """The preset of that name or file (.toml, or a run's preset.json), with `("section.key", value)` overrides on top, checked. Raises SettingError."""
     path = locate(name_or_path)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise PresetError(f"{path}: not valid TOML: {error}") from None
+        text = path.read_text(encoding="utf-8")
+        table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except ValueError as error:  # of TOML, JSON and UTF-8
+        raise SettingError(f"{path}: not a valid preset file: {error}") from None
     except OSError as error:
-        raise PresetError(f"{path}: cannot be read: {error.strerror}") from None
+        raise SettingError(f"{path}: cannot be read: {error.strerror}") from None
+    if not isinstance(table, dict):
+        raise SettingError(f"{path}: expected sections, got {said(table)}.")
     preset = from_dict(table, where=path.name)
     return override(preset, overrides)
 
@@ -215,9 +205,9 @@ def from_dict(table: Mapping[str, Any], where: str) -> Preset:
     sections = {}
     for section, keys in table.items():
         if section not in SECTIONS:
-            raise PresetError(f"{where}: unknown section [{section}].{suggest(section, SECTIONS)}")
+            raise SettingError(f"{where}: unknown section [{section}].{suggest(section, SECTIONS)}")
         if not isinstance(keys, Mapping):
-            raise PresetError(f"{where}: [{section}] must be a table of keys, not {_said(keys)}.")
+            raise SettingError(f"{where}: [{section}] must be a table of keys, not {said(keys)}.")
         sections[section] = _section(section, keys, where)
     return check(Preset(**sections), where)
 
@@ -229,7 +219,7 @@ def override(preset: Preset, overrides: Sequence[tuple[str, Any]], where: str = 
         section, _, name = key.partition(".")
         if section not in SECTIONS or not name:
             known = [f"{s}.{f.name}" for s, cls in SECTIONS.items() for f in dataclasses.fields(cls)]
-            raise PresetError(f"{where}: unknown key {key}.{suggest(key, known)}")
+            raise SettingError(f"{where}: unknown key {key}.{suggest(key, known)}")
         name, _, entry = name.partition(".")
         if entry and section == "reward" and name == "checkpoints":
             table[section][name][entry] = value
@@ -242,7 +232,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     """`section.key=value`; the value is TOML, a bare word counts as a string, `none` as no value."""
     key, equals, raw = text.partition("=")
     if not equals:
-        raise PresetError(f"--set {text}: expected section.key=value.")
+        raise SettingError(f"--set {text}: expected section.key=value.")
     raw = raw.strip()
     if raw.lower() == "none":
         # "none" is also a choice of some keys; the type of the key decides
@@ -285,37 +275,37 @@ def describe() -> Iterator[tuple[str, str, Any, str]]:
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
             default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-            yield f"{section}.{field.name}", _type_name(hints[field.name]), default, field.metadata["doc"]
+            yield f"{section}.{field.name}", type_name(hints[field.name]), default, field.metadata["doc"]
 
 
 # --- checking ---------------------------------------------------------------------------------------------------------------
 def check(preset: Preset, where: str) -> Preset:
-    """Settings that must fit each other. Raises PresetError; returns the preset."""
+    """Settings that must fit each other. Raises SettingError; returns the preset."""
     samples, batch = preset.rollout.samples_per_epoch, preset.update.batch_size
     if samples % batch:
         fits = [n for n in range(1, samples + 1) if samples % n == 0]
         nearest = sorted(sorted(fits, key=lambda n: abs(n - batch))[:4])
-        raise PresetError(
+        raise SettingError(
             f"{where}: update.batch_size {batch} does not divide rollout.samples_per_epoch {samples}. "
             f"These would: {', '.join(map(str, nearest))}."
         )
     if preset.trained_steps < 1:
-        raise PresetError(
+        raise SettingError(
             f"{where}: update.timestep_fraction {preset.update.timestep_fraction} of {preset.rollout.steps} steps is no step at all. "
             f"Use at least {1 / preset.rollout.steps:g}."
         )
     if preset.algorithm.update_mode == "all-timesteps" and preset.has_critic:
-        raise PresetError(
+        raise SettingError(
             f"{where}: algorithm.update_mode all-timesteps is DDPO's; {preset.algorithm.name} takes one optimizer step per timestep "
             "slot. Use algorithm.name=ddpo or update_mode=per-timestep."
         )
     if preset.reward.min_count > preset.reward.buffer_size:
-        raise PresetError(
+        raise SettingError(
             f"{where}: reward.min_count {preset.reward.min_count} is never reached with reward.buffer_size {preset.reward.buffer_size}."
         )
     twice = {name for name in preset.rewards if preset.rewards.count(name) > 1}
     if twice:
-        raise PresetError(f"{where}: reward {min(twice)!r} is named twice in reward.train and reward.watch.")
+        raise SettingError(f"{where}: reward {min(twice)!r} is named twice in reward.train and reward.watch.")
     return preset
 
 
@@ -327,78 +317,11 @@ def _section(section: str, keys: Mapping[str, Any], where: str) -> Any:
     for name, value in keys.items():
         if name not in fields:
             hint = suggest(name, fields, prefix=f"{section}.")
-            raise PresetError(f"{where}: unknown key {section}.{name}.{hint}")
-        values[name] = _convert(value, hints[name], fields[name].metadata, f"{where}: {section}.{name}")
+            raise SettingError(f"{where}: unknown key {section}.{name}.{hint}")
+        values[name] = convert(value, hints[name], fields[name].metadata, f"{where}: {section}.{name}")
     return cls(**values)
-
-
-def _convert(value: Any, hint: Any, limits: Mapping[str, Any], what: str) -> Any:
-    """The value as the key's type, or a PresetError that says what was expected."""
-    if typing.get_origin(hint) is Literal:
-        choices = typing.get_args(hint)
-        if value not in choices:
-            raise PresetError(f"{what}: {_said(value)} is not one of {', '.join(choices)}.{suggest(str(value), choices)}")
-        return value
-    if _accepts_none(hint):
-        if value is None:
-            return None
-        return _convert(value, next(h for h in typing.get_args(hint) if h is not type(None)), limits, what)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if hint is tuple[str, ...] or hint == tuple[str, ...]:
-        if isinstance(value, str):
-            value = [part.strip() for part in value.split(",") if part.strip()]
-        if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
-            raise PresetError(f"{what}: expected a list of strings, got {_said(value)}.")
-        return tuple(value)
-    if hint == dict[str, str]:
-        if not isinstance(value, Mapping) or not all(isinstance(item, str) for item in value.values()):
-            raise PresetError(f"{what}: expected a table of strings, got {_said(value)}.")
-        return dict(value)
-    if type(value) is not hint:
-        raise PresetError(f"{what}: expected {_type_name(hint)}, got {_said(value)}.")
-    if hint in (int, float):
-        _check_range(value, limits, what)
-    return value
-
-
-def _check_range(value: float, limits: Mapping[str, Any], what: str) -> None:
-    at_least, above, at_most = limits["at_least"], limits["above"], limits["at_most"]
-    if value != value or value in (float("inf"), float("-inf")):
-        raise PresetError(f"{what}: {value} is not a finite number.")
-    if at_least is not None and value < at_least:
-        raise PresetError(f"{what}: {value} is out of range; it must be at least {at_least}.")
-    if above is not None and value <= above:
-        raise PresetError(f"{what}: {value} is out of range; it must be above {above}.")
-    if at_most is not None and value > at_most:
-        raise PresetError(f"{what}: {value} is out of range; it must be at most {at_most}.")
-
-
-def suggest(word: str, known: typing.Iterable[str], prefix: str = "") -> str:
-    """' Did you mean x?' for the closest known word, or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {prefix}{close[0]}?" if close else ""
-
-
-def _accepts_none(hint: Any) -> bool:
-    return type(None) in typing.get_args(hint)
 
 
 def _is_optional(key: str) -> bool:
     section, _, name = key.partition(".")
-    return section in SECTIONS and _accepts_none(typing.get_type_hints(SECTIONS[section]).get(name))
-
-
-def _type_name(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return " | ".join(typing.get_args(hint))
-    if _accepts_none(hint):
-        return " | ".join(_type_name(h) if h is not type(None) else "none" for h in typing.get_args(hint))
-    plain = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
-    return plain.get(hint, "a list of strings" if hint == tuple[str, ...] else "a table of strings")
-
-
-def _said(value: Any) -> str:
-    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", list: "a list", dict: "a table"}
-    shown = json.dumps(value, default=str)
-    return f"{shown if len(shown) < 60 else shown[:57] + '...'} ({kinds.get(type(value), type(value).__name__)})"
+    return section in SECTIONS and accepts_none(typing.get_type_hints(SECTIONS[section]).get(name))

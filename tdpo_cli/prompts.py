@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from tdpo_cli.errors import RequestError
-from tdpo_cli.preset import suggest
+from tdpo_cli.settings import suggest
 
 # the list that DDPO published for its animal experiments
 ANIMALS = (

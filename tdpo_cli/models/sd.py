@@ -166,6 +166,7 @@ def load(
     negative_prompt: str = "",
     keep_reference: bool = False,
     randomness: Randomness | None = None,
+    lora_scale: float = 1.0,
 ) -> StableDiffusion:
     """Networks of a StableDiffusionPipeline folder or hub id, one by one (no pipeline object, no safety checker)."""
     dtype = DTYPES[model.dtype] if device.type != "cpu" else torch.float32
@@ -173,19 +174,23 @@ def load(
     text_encoder = part(CLIPTextModel, "text_encoder", torch_dtype=dtype)
     tokenizer = part(CLIPTokenizer, "tokenizer")
     vae = part(AutoencoderKL, "vae", torch_dtype=dtype)
-    unet = part(UNet2DConditionModel, "unet", torch_dtype=dtype)
+    whole_unet = model.start_from is not None and (Path(model.start_from) / "unet").is_dir()
+    unet_source = model.start_from if whole_unet else source
+    unet = _component(UNet2DConditionModel, unet_source, "unet", None if whole_unet else model.revision, torch_dtype=dtype)
     scheduler_config = _scheduler_config(source, model.revision)
     for network in (text_encoder, vae, unet):
         network.requires_grad_(False).eval().to(device)
     policy = StableDiffusion(unet, vae, text_encoder, tokenizer, scheduler_config, device, negative_prompt)
     if trainable:
         _make_trainable(policy, model, dtype, keep_reference, randomness or Randomness(0))
-    elif model.start_from:
-        policy.load_adapter(Path(model.start_from), trainable=False)
+    elif model.start_from and not whole_unet:
+        policy.load_adapter(Path(model.start_from), trainable=False, scale=lora_scale)
     return policy
 
 
 def _make_trainable(policy: StableDiffusion, model: Model, dtype: torch.dtype, keep_reference: bool, randomness: Randomness) -> None:
+    if model.start_from and (Path(model.start_from) / "unet").is_dir() and model.lora_rank > 0:
+        raise RequestError(f"{model.start_from} holds a whole UNet, the preset asks for a LoRA of rank {model.lora_rank}. Use --set model.lora_rank=0.")
     if model.lora_rank == 0:
         policy.train_everything(keep_reference, dtype)
     elif model.start_from is None:

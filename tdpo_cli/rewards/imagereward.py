@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tdpo_cli.rewards import RewardError, files
 from tdpo_cli.rewards.backbones import Backbones, FrozenImageEncoder, ScoreHead

@@ -19,8 +19,9 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture(scope="session")
 def replayed(trace_folder):
     """One replay of the trace, shared by the tests that look at it."""
-    from replay import Replay
     from trace import Trace
+
+    from replay import Replay
 
     if not (trace_folder / "trace.json").is_file():
         pytest.fail(f"{trace_folder}: no trace.json there")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from trace import Trace, TraceRandomness, critic_parameters, flat
 
 import numpy as np
 import torch
 from torch import Tensor
-from trace import Trace, TraceRandomness, critic_parameters, flat
 
 from tdpo_cli import algorithms, kl
 from tdpo_cli import update as updates

@@ -1,0 +1,100 @@
+"""Checkpoint + prompts -> images, metadata.jsonl and a labelled grid."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tdpo_cli import checkpoints, grid, memory, models, prompts
+from tdpo_cli.console import Console
+from tdpo_cli.errors import RequestError
+from tdpo_cli.randomness import Randomness
+from tdpo_cli.rollout import generate
+from tdpo_cli.run_dir import next_free
+from tdpo_cli.world import best_device
+
+GRID_IMAGES = 64  # a grid holds at most this many
+GRID_COLUMNS = 8
+
+
+def run(
+    checkpoint: str,
+    arguments: Sequence[str],
+    preset: str | None,
+    overrides: Sequence[tuple[str, Any]],
+    epoch: int | None,
+    out: Path | None,
+    per_prompt: int,
+    seed: int,
+    batch_size: int | None,
+    eta: float | None,
+    lora_scale: float,
+    device: str | None,
+    console: Console,
+) -> dict[str, Any]:
+    """Write `per_prompt` images of every prompt into `out`. -> a summary for --json. Raises RequestError."""
+    wanted = prompts.from_arguments(list(arguments))
+    source = checkpoints.find(checkpoint, preset, overrides, epoch)
+    settings = source.preset.rollout
+    out = out or next_free(Path("samples"), source.name)
+    if (out / "metadata.jsonl").exists():
+        raise RequestError(f"{out} already holds samples; choose another --out.")
+    place = torch.device(_device(device))
+    policy = models.load(
+        source.preset.model, device=place, trainable=False, negative_prompt=settings.negative_prompt, lora_scale=lora_scale
+    )
+    policy.set_schedule(settings.steps, settings.eta if eta is None else eta)
+    too_long = policy.longer_than_limit(wanted)
+    if too_long:
+        console.warn(f"{len(too_long)} prompts are longer than the text encoder reads; their ends are cut off, as of {too_long[0][:60]!r}...")
+
+    texts = [prompt for prompt in wanted for _ in range(per_prompt)]
+    free = torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else None
+    batch_size = batch_size or memory.micro_batch(source.preset, free)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        images = _write(policy, texts, per_prompt, seed, settings.guidance_scale, settings.steps, batch_size, out, console)
+    except OSError as error:
+        raise RequestError(f"{out}: cannot be written: {error.strerror or error}") from None
+    shown = images[:GRID_IMAGES]
+    columns = per_prompt if 1 < per_prompt <= GRID_COLUMNS else min(len(shown), GRID_COLUMNS)
+    grid.draw(shown, texts[: len(shown)], columns, title=f"{source.name}, seed {seed}").save(out / "grid.png")
+    console.say(f"{len(texts)} images of {len(wanted)} prompts in {out} (grid.png shows {len(shown)})")
+    return {"out": str(out), "images": len(texts), "grid": str(out / "grid.png"), "source": source.name}
+
+
+def _write(policy, texts, per_prompt, seed, guidance, steps, batch_size, out: Path, console: Console) -> list:
+    """Images as they come, each with its line of metadata.jsonl."""
+    images, width = [], len(str(len(texts) - 1))
+    with open(out / "metadata.jsonl", "w", encoding="utf-8") as metadata, console.progress("sampling", len(texts) * steps) as advance:
+        for batch in generate(policy, texts, range(len(texts)), Randomness(seed, "sample"), guidance, batch_size, advance):
+            for tensor in batch:
+                number = len(images)
+                image = grid.to_pil(tensor)
+                name = f"{number:0{max(4, width)}d}-{_slug(texts[number])}.png"
+                image.save(out / name)
+                line = {"file_name": name, "text": texts[number], "seed": seed, "sample": number, "image_of_prompt": number % per_prompt}
+                metadata.write(json.dumps(line, ensure_ascii=False) + "\n")
+                images.append(image)
+    return images
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "image"
+
+
+def _device(name: str | None) -> str:
+    if name is None:
+        return best_device()
+    try:
+        kind = torch.device(name)
+    except RuntimeError:
+        raise RequestError(f"--device {name}: not a device; expected cpu, cuda, cuda:1, ...") from None
+    if kind.type == "cuda" and (not torch.cuda.is_available() or (kind.index or 0) >= torch.cuda.device_count()):
+        raise RequestError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices.")
+    return name

@@ -1,0 +1,91 @@
+"""A setting declared once: its default, meaning, unit and range; and checking a value against the declaration."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from tdpo_cli.errors import RequestError
+
+
+class SettingError(RequestError):
+    """A setting that does not exist or a value that does not fit it."""
+
+
+def knob(default: Any, doc: str, *, at_least: float | None = None, above: float | None = None, at_most: float | None = None):
+    """A setting, explained once: its default, its meaning with unit, and its range."""
+    metadata = {"doc": doc, "at_least": at_least, "above": above, "at_most": at_most}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def convert(value: Any, hint: Any, limits: Mapping[str, Any], what: str) -> Any:
+    """The value as the key's type, or a SettingError that says what was expected."""
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            raise SettingError(f"{what}: {said(value)} is not one of {', '.join(choices)}.{suggest(str(value), choices)}")
+        return value
+    if accepts_none(hint):
+        if value is None:
+            return None
+        return convert(value, next(h for h in typing.get_args(hint) if h is not type(None)), limits, what)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if hint == tuple[str, ...]:
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+            raise SettingError(f"{what}: expected a list of strings, got {said(value)}.")
+        return tuple(value)
+    if hint == dict[str, str]:
+        if not isinstance(value, Mapping) or not all(isinstance(item, str) for item in value.values()):
+            raise SettingError(f"{what}: expected a table of strings, got {said(value)}.")
+        return dict(value)
+    if type(value) is not hint:
+        raise SettingError(f"{what}: expected {type_name(hint)}, got {said(value)}.")
+    if hint in (int, float):
+        _check_range(value, limits, what)
+    return value
+
+
+def _check_range(value: float, limits: Mapping[str, Any], what: str) -> None:
+    at_least, above, at_most = limits["at_least"], limits["above"], limits["at_most"]
+    if value != value or value in (float("inf"), float("-inf")):
+        raise SettingError(f"{what}: {value} is not a finite number.")
+    if at_least is not None and value < at_least:
+        raise SettingError(f"{what}: {value} is out of range; it must be at least {at_least}.")
+    if above is not None and value <= above:
+        raise SettingError(f"{what}: {value} is out of range; it must be above {above}.")
+    if at_most is not None and value > at_most:
+        raise SettingError(f"{what}: {value} is out of range; it must be at most {at_most}.")
+
+
+def suggest(word: str, known: typing.Iterable[str], prefix: str = "") -> str:
+    """' Did you mean x?' for the closest known word, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {prefix}{close[0]}?" if close else ""
+
+
+def accepts_none(hint: Any) -> bool:
+    return type(None) in typing.get_args(hint)
+
+
+def type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return " | ".join(typing.get_args(hint))
+    if accepts_none(hint):
+        return " | ".join(type_name(h) if h is not type(None) else "none" for h in typing.get_args(hint))
+    plain = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+    return plain.get(hint, "a list of strings" if hint == tuple[str, ...] else "a table of strings")
+
+
+def said(value: Any) -> str:
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", list: "a list", dict: "a table"}
+    shown = json.dumps(value, default=str)
+    return f"{shown if len(shown) < 60 else shown[:57] + '...'} ({kinds.get(type(value), type(value).__name__)})"

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tdpo_cli.rewards import files
-from tdpo_cli.rewards.backbones import CLIP_HUB, Backbones, ClipBackbone, ScoreHead
+from tdpo_cli.rewards.backbones import Backbones
+from tdpo_cli.rewards.networks import CLIP_HUB, ClipBackbone, ScoreHead
 
 HEAD_HUB, HEAD_HUB_FILE = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"
 HEAD_FILE = "sac+logos+ava1-l14-linearMSE.pth"  # the same weights, as LAION published them

@@ -8,7 +8,7 @@ import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from tdpo_cli.rewards import RewardError
 
 
-# --- where --------------------------------------------------------------------------------------------------------------
+# --- where ------------------------------------------------------------------------------------------------------------
 def is_local(source: str | Path) -> bool:
     """Whether `source` means a path; else it is a hub id `owner/name`.
 
@@ -80,7 +80,7 @@ def _from_hub(hub_id: str, candidates: tuple[str, ...], needed_by: str) -> Path:
     )
 
 
-# --- what ---------------------------------------------------------------------------------------------------------------
+# --- what -------------------------------------------------------------------------------------------------------------
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises RewardError naming the file."""
     try:
@@ -95,7 +95,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """A state dict on the CPU from .safetensors or a pickled .pt/.pth/.bin, unwrapped from `{"state_dict": ...}`.
 
-    Pickles load with `weights_only=True` and nothing else: a pickle can run any code. Raises RewardError naming the file.
+    Pickles load with `weights_only=True` and nothing else: a pickle can run any code. Raises RewardError with the file.
     """
     try:
         if path.suffix == ".safetensors":
@@ -148,7 +148,7 @@ def fingerprints(*paths: Path) -> dict[str, str]:
     return digests
 
 
-@lru_cache(maxsize=None)
+@cache
 def _sha256(path: Path, size: int, modified_ns: int) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -157,9 +157,9 @@ def _sha256(path: Path, size: int, modified_ns: int) -> str:
     return digest.hexdigest()
 
 
-# --- building without noise ---------------------------------------------------------------------------------------------
+# --- building without noise -------------------------------------------------------------------------------------------
 class _NoDraws(TorchFunctionMode):
-    """Leave new parameters as they are: all are read from a file next, and drawing the billion of a ViT-H takes 20 s."""
+    """Leave new parameters as they are: all are read from a file next, and a ViT-H's billion takes 20 s."""
 
     _INITIALISERS = frozenset({nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_})
 
@@ -173,7 +173,7 @@ class _NoDraws(TorchFunctionMode):
 
 @contextmanager
 def building() -> Iterator[None]:
-    """Build a network that `fill` will fill: no random initialisation, no log lines or progress bars of transformers."""
+    """Build a network that `fill` will fill: no random values, no log lines or progress bars of transformers."""
     with _NoDraws(), quiet_transformers():
         yield
 

@@ -1,7 +1,7 @@
-"""HPSv2 and HPSv2.1: how well an image fits its prompt, by an open_clip ViT-H/14 tuned on people's rankings (Wu et al. 2023).
+"""HPSv2 and HPSv2.1: how well an image fits its prompt, by an open_clip ViT-H/14 tuned on people's rankings.
 
-Source: the `hpsv2` package's `img_score.py`. The package squeezes the whole image into the square and fills up with
-black; TDPO crops as for the other rewards. On images that are not square the two differ strongly.
+Source: Wu et al. 2023; the `hpsv2` package's `img_score.py`. The package squeezes the whole image into the square and
+fills up with black; TDPO crops as for the other rewards. On images that are not square the two differ strongly.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from tdpo_cli.rewards import files
-from tdpo_cli.rewards.backbones import Backbones, OpenClipBackbone, cosine
+from tdpo_cli.rewards.backbones import Backbones
+from tdpo_cli.rewards.networks import OpenClipBackbone, cosine
 
 HUB = "xswu/HPSv2"
 WEIGHTS = {"hpsv2": "HPS_v2_compressed.pt", "hpsv2.1": "HPS_v2.1_compressed.pt"}

@@ -1,7 +1,7 @@
 """ImageReward: how well an image fits its prompt and pleases, by a BLIP image-grounded text encoder (Xu et al. 2023).
 
-Source: the `image-reward` package (`ImageReward.py`, `models/BLIP`), here on transformers' BLIP classes. Several of their
-defaults have the right shapes and give wrong scores, hence the explicit configuration below.
+Source: the `image-reward` package (`ImageReward.py`, `models/BLIP`), here on transformers' BLIP classes. Several
+defaults of these have the right shapes and give wrong scores, hence the explicit configuration below.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from tdpo_cli.rewards import RewardError, files
-from tdpo_cli.rewards.backbones import Backbones, FrozenImageEncoder, ScoreHead
+from tdpo_cli.rewards.backbones import Backbones
+from tdpo_cli.rewards.networks import FrozenImageEncoder, ScoreHead
 from tdpo_cli.rewards.preprocess import OPENAI_MEAN, OPENAI_STD, CropOffset
 
 HUB = "THUDM/ImageReward"
@@ -80,13 +81,17 @@ class BlipBackbone(FrozenImageEncoder):
         try:
             with files.building():
                 image_settings = image_config(image_state, files.read_json(vision_config) if vision_config else {})
-                text_settings = text_encoder_config(text_state, files.read_json(text_config), image_settings.hidden_size)
+                text_settings = text_encoder_config(
+                    text_state, files.read_json(text_config), image_settings.hidden_size
+                )
                 self.vision = BlipVisionModel(image_settings)
                 self.text = BlipTextModel(text_settings, add_pooling_layer=False)
         except KeyError as error:
             raise RewardError(f"{weights} does not fit ImageReward: it has nothing like {error.args[0]}") from error
         except (TypeError, ValueError) as error:
-            raise RewardError(f"{vision_config or text_config} does not describe ImageReward's BLIP: {error}") from error
+            raise RewardError(
+                f"{vision_config or text_config} does not describe ImageReward's BLIP: {error}"
+            ) from error
         files.fill(self.vision, image_state, weights)
         files.fill(self.text, text_state, weights)
         self.image_size, self.mean, self.std = image_settings.image_size, OPENAI_MEAN, OPENAI_STD
@@ -97,7 +102,7 @@ class BlipBackbone(FrozenImageEncoder):
 
     @torch.no_grad()
     def image_tokens(self, images: Tensor, crop_offset: CropOffset = "floor") -> Tensor:
-        """images [b,3,H,W] in [0,1] -> [b,tokens,width] float32: the class token and the patches, after the last norm."""
+        """images [b,3,H,W] in [0,1] -> [b,tokens,width] float32: class token and patches, after the last norm."""
         with torch.autocast(self.device.type, enabled=False):
             # last_hidden_state: pooler_output would be normed twice
             return self.vision(pixel_values=self.pixels(images, crop_offset)).last_hidden_state.float()
@@ -119,7 +124,7 @@ class BlipBackbone(FrozenImageEncoder):
 
 
 def image_tower(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The keys of BLIP's ViT (timm's names) -> those of BlipVisionModel. All tensors stay as they are, qkv fused too."""
+    """The keys of BLIP's ViT (timm's) -> those of BlipVisionModel. The tensors stay as they are, even the fused qkv."""
     renames = (
         (r"^cls_token$", "embeddings.class_embedding"),
         (r"^pos_embed$", "embeddings.position_embedding"),
@@ -201,9 +206,7 @@ def imagereward(backbones: Backbones, checkpoint: str | None, variant: str) -> I
     blip = backbones.hold(
         ("imagereward", key), lambda: BlipBackbone(read(), weights, text_config, vision_config, vocabulary)
     )
-    head = backbones.hold(
-        ("imagereward head", key), lambda: ScoreHead(_under(read(), "mlp."), weights, blip.embed_dim)
-    )
+    head = backbones.hold(("imagereward head", key), lambda: ScoreHead(_under(read(), "mlp."), weights, blip.embed_dim))
     return ImageReward(blip, head, source, variant)
 
 

@@ -1,4 +1,7 @@
-"""PickScore: how well an image fits its prompt, by CLIP ViT-H/14 fine-tuned on people's choices (Kirstain et al. 2023)."""
+"""PickScore: how well an image fits its prompt, by a CLIP ViT-H/14 tuned on people's choices.
+
+Source: Kirstain et al. 2023 (Pick-a-Pic), and the README of its package.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ import torch
 from torch import Tensor
 
 from tdpo_cli.rewards import files
-from tdpo_cli.rewards.backbones import Backbones, ClipBackbone, cosine
+from tdpo_cli.rewards.backbones import Backbones
+from tdpo_cli.rewards.networks import ClipBackbone, cosine
 
 HUB = "yuvalkirstain/PickScore_v1"
 TOKENIZER_HUB = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # where PickScore's own example takes its processor from
@@ -25,7 +29,7 @@ class PickScore:
 
     @torch.no_grad()
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """images [b,3,H,W] in [0,1], one prompt each -> [b] float32: the cosine, in the package times exp(logit_scale)."""
+        """images [b,3,H,W] in [0,1], one prompt each -> [b] float32: cosines, in the package times exp(logit_scale)."""
         scores = cosine(self.clip, images, prompts)
         if self.variant == "package":
             scores = scores * self.clip.logit_scale

@@ -58,7 +58,7 @@ def resize_crop(images: Tensor, size: int, crop_offset: CropOffset = "floor") ->
         if vertical:
             pixels = pixels[:, vertical.first : vertical.last]  # the rows that reach the crop
         if horizontal:
-            # Transposed as a matrix of all rows, since torch copies a 2-D transpose in blocks, three times as fast as 3-D.
+            # Transposed as one matrix of all rows: torch copies a 2-D transpose in blocks, three times as fast as 3-D.
             rows = pixels.shape[1]
             across = pixels.flatten(0, 1).t().contiguous()[None, horizontal.first : horizontal.last]
             pixels = _combine_rows(across, horizontal)[0].t().contiguous().view(-1, rows, size)
@@ -84,8 +84,8 @@ def normalise(levels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 def letterbox(images: Tensor, size: int) -> Tensor:
     """Resize the longest side to `size`, then pad with black to a square, as the hpsv2 package does.
 
-    images [b,3,H,W] float in [0,1], quantised to 8 bits -> [b,3,size,size] float32 on the scale 0..255. Here the package
-    resizes a float tensor, so nothing is rounded or clamped: values may lie a little outside 0..255 at hard edges.
+    images [b,3,H,W] float in [0,1], quantised to 8 bits -> [b,3,size,size] float32 on the scale 0..255. Here the
+    package resizes a float tensor, so nothing is rounded or clamped: values may leave 0..255 at hard edges.
     """
     height, width = images.shape[-2:]
     scale = size / max(height, width)
@@ -105,7 +105,7 @@ def _central(length: int, size: int, crop_offset: CropOffset) -> int:
 
 
 class _Band(NamedTuple):
-    """The non-zero band of a resizing matrix: output o is the sum over k of weights[k,o] * source[first + index[k,o]]."""
+    """The non-zero band of a resizing matrix: output o is sum_k weights[k,o] * source[first + index[k,o]]."""
 
     index: Tensor  # [K,n_out] int64
     weights: Tensor  # [K,n_out,1] int32, in units of 2^-22
@@ -114,6 +114,7 @@ class _Band(NamedTuple):
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # kept for later callers, who may be outside inference mode
 def _band(n_in: int, n_out: int, start: int, count: int, device: torch.device) -> _Band | None:
     """Pillow's bicubic coefficients (Resample.c, a = -0.5) for the outputs start .. start + count - 1 of n_in -> n_out.
 

@@ -18,7 +18,7 @@ JPEG_QUALITY = 95
 
 
 class JpegSize:
-    """Black et al. 2024 (DDPO), section 5.1: the size of the image as a JPEG of quality 95, no chroma choice made."""
+    """Black et al. 2024 (DDPO), section 5.1: the size of the image as a JPEG of quality 95."""
 
     needs_prompt = False
 

@@ -1,7 +1,7 @@
 """Scores of rebuilt synthetic checkpoints against what the upstream packages gave on the same weights.
 
-The oracle lies outside the repository: $TDPO_SHARED/rewards/oracle, else ../shared/rewards/oracle. `pytest -s` prints the
-table of errors. The full-size architectures run with `-m slow` where the oracle has their scores.
+The oracle lies outside the repository: $TDPO_SHARED/rewards/oracle, else ../shared/rewards/oracle. `pytest -s` prints
+the table of errors. The full-size architectures run with `-m slow` where the oracle has their scores.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ UPSTREAM = {
 SIZES = ("reduced", pytest.param("full", marks=pytest.mark.slow))
 
 
-# --- checkpoints in their published layouts -----------------------------------------------------------------------------
+# --- checkpoints in their published layouts ---------------------------------------------------------------------------
 def spec_tensor(key: str, spec: list) -> torch.Tensor:
     """One tensor of a spec: kind i counts, kind c is a constant, the rest is Gaussian, seeded by the key's CRC-32."""
     shape, kind, a, b = spec
@@ -67,11 +67,9 @@ def state_and_config(name: str) -> tuple[dict[str, torch.Tensor], dict]:
 
 
 def write_checkpoint(scorer: str, size: str, folder: Path) -> Path:
-    """Write the synthetic checkpoint of a scorer, `reduced` or `full`, as its authors publish it. Returns the folder."""
+    """Write the synthetic checkpoint of a scorer, `reduced` or `full`, as its authors publish it. -> the folder"""
     folder.mkdir(parents=True, exist_ok=True)
-    {"aesthetic": _write_aesthetic, "pickscore": _write_pickscore, "hpsv2": _write_hpsv2, "imagereward": _write_imagereward}[
-        scorer
-    ](size, folder)
+    globals()[f"_write_{scorer}"](size, folder)
     return folder
 
 
@@ -111,7 +109,11 @@ def _write_imagereward(size: str, folder: Path) -> None:
     shutil.copy(ORACLE / "bert_vocab.txt", folder / "vocab.txt")
     if size != "full":
         vision = config["vision"]
-        fields = {"hidden_size": vision["embed_dim"], "num_hidden_layers": vision["depth"], "patch_size": vision["patch_size"]}
+        fields = {
+            "hidden_size": vision["embed_dim"],
+            "num_hidden_layers": vision["depth"],
+            "patch_size": vision["patch_size"],
+        }
         fields |= {"image_size": vision["img_size"], "num_attention_heads": vision["num_heads"]}
         fields |= {"intermediate_size": 4 * vision["embed_dim"]}
         (folder / "vision_config.json").write_text(json.dumps(fields))
@@ -129,7 +131,7 @@ def write_clip_tokenizer(folder: Path) -> None:
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
 
 
-# --- inputs and upstream values -----------------------------------------------------------------------------------------
+# --- inputs and upstream values ---------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def inputs() -> tuple[list[torch.Tensor], list[str]]:
     """The images [3,H,W] in [0,1] and the prompts, in index order."""
@@ -187,7 +189,7 @@ def score_pairs(reward, inputs, pairs: np.ndarray) -> np.ndarray:
     return scores
 
 
-# --- facts --------------------------------------------------------------------------------------------------------------
+# --- facts ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("scorer,variant", UPSTREAM)
 def test_scores_equal_upstream(scorer, variant, size, inputs, folders, table):

@@ -26,12 +26,20 @@ def write_clip(folder, seed=0, mean=(0.5, 0.5, 0.5)):
     tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = CLIPConfig(
         vision_config={**tower, "patch_size": 8, "image_size": SIDE},
-        text_config={**tower, "vocab_size": 514, "max_position_embeddings": 20, "bos_token_id": 512, "eos_token_id": 513},
+        text_config={
+            **tower,
+            "vocab_size": 514,
+            "max_position_embeddings": 20,
+            "bos_token_id": 512,
+            "eos_token_id": 513,
+        },
         projection_dim=EMBED,
     )
     CLIPModel(config).save_pretrained(folder)
     preprocessing = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
-    (folder / "preprocessor_config.json").write_text(json.dumps({**preprocessing, "image_mean": mean, "image_std": [0.2] * 3}))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({**preprocessing, "image_mean": mean, "image_std": [0.2] * 3})
+    )
 
 
 def write_tokenizer(folder):
@@ -78,11 +86,18 @@ def hpsv2(tmp_path):
     model = {
         "embed_dim": EMBED,
         "vision_cfg": {"image_size": SIDE, "layers": 2, "width": 16, "head_width": 8, "patch_size": 8},
-        "text_cfg": {"context_length": 20, "vocab_size": 514, "width": 16, "heads": 2, "layers": 2, "hf_tokenizer_name": "."},
+        "text_cfg": {
+            "context_length": 20,
+            "vocab_size": 514,
+            "width": 16,
+            "heads": 2,
+            "layers": 2,
+            "hf_tokenizer_name": ".",
+        },
     }
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model}))
     torch.manual_seed(3)
-    network = open_clip.CLIP(EMBED, model["vision_cfg"], {k: v for k, v in model["text_cfg"].items()})
+    network = open_clip.CLIP(EMBED, model["vision_cfg"], model["text_cfg"])
     torch.save({"state_dict": network.half().state_dict()}, folder / "HPS_v2_compressed.pt")
     return folder
 
@@ -103,9 +118,18 @@ def imagereward(tmp_path):
     state = {f"blip.visual_encoder.{key}": torch.randn(shape) * 0.2 for key, shape in vision.items()}
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "dog"]
     text = BlipTextConfig(
-        vocab_size=len(words), hidden_size=EMBED, encoder_hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, max_position_embeddings=40, is_decoder=True, bos_token_id=2, eos_token_id=3, sep_token_id=3,
-    )  # fmt: skip
+        vocab_size=len(words),
+        hidden_size=EMBED,
+        encoder_hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=40,
+        is_decoder=True,
+        bos_token_id=2,
+        eos_token_id=3,
+        sep_token_id=3,
+    )
     tower = BlipTextModel(text, add_pooling_layer=False).state_dict()
     state |= {f"blip.text_encoder.{key}": value for key, value in tower.items()}
     torch.save(state | head_state("mlp."), folder / "ImageReward.pt")
@@ -123,7 +147,7 @@ def folder_of(request):
     return lambda name: str(request.getfixturevalue(name))
 
 
-# --- scores -------------------------------------------------------------------------------------------------------------
+# --- scores -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("variant", rewards.VARIANTS)
 def test_batch_scores_like_its_images_one_by_one(name, variant, folder_of):
@@ -189,7 +213,7 @@ def test_mean_and_std_come_from_the_checkpoint(tmp_path):
     assert not torch.allclose(encoders[0](IMAGES), encoders[1](IMAGES))
 
 
-# --- sharing ------------------------------------------------------------------------------------------------------------
+# --- sharing ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["aesthetic", "pickscore", "hpsv2"])
 def test_reward_and_critic_share_one_network(name, folder_of):
     backbones, folder = Backbones(), folder_of(name)
@@ -244,14 +268,34 @@ def test_scores_survive_parking(pickscore):
     assert torch.equal(reward.score(IMAGES, PROMPTS), before)
 
 
+def test_networks_loaded_in_inference_mode_can_be_moved_outside_it(aesthetic):
+    backbones = Backbones()
+    with torch.inference_mode():
+        inside = rewards.load("aesthetic", backbones, checkpoint=str(aesthetic)).score(IMAGES, PROMPTS)
+    backbones.park()
+    assert torch.equal(rewards.load("aesthetic", backbones, checkpoint=str(aesthetic)).score(IMAGES, PROMPTS), inside)
+
+
+def test_sharded_weights_load_and_each_shard_is_needed(aesthetic):
+    expected = Backbones().clip(aesthetic)(IMAGES)
+    state = load_file(aesthetic / "model.safetensors")
+    shards = {key: f"model-{index % 2}.safetensors" for index, key in enumerate(state)}
+    for shard in set(shards.values()):
+        save_file({k: v for k, v in state.items() if shards[k] == shard}, aesthetic / shard, metadata={"format": "pt"})
+    (aesthetic / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    (aesthetic / "model.safetensors").unlink()
+    assert torch.equal(Backbones().clip(aesthetic)(IMAGES), expected)
+    (aesthetic / "model-1.safetensors").unlink()
+    refused("aesthetic", aesthetic, "needs model-1.safetensors")
+
+
 def test_networks_are_frozen(aesthetic):
     clip = Backbones().clip(aesthetic)
     assert not clip.training and not any(parameter.requires_grad for parameter in clip.parameters())
-    assert not clip(IMAGES.requires_grad_()).requires_grad
-    IMAGES.requires_grad_(False)
+    assert not clip(IMAGES.clone().requires_grad_()).requires_grad
 
 
-# --- refusals -----------------------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------------------
 def refused(name, folder, message):
     with pytest.raises(RewardError, match=message):
         rewards.load(name, Backbones(), checkpoint=str(folder))
@@ -262,7 +306,11 @@ def refused(name, folder, message):
     [
         ("aesthetic", "config.json", "hf download openai/clip-vit-large-patch14 --local-dir"),
         ("aesthetic", "model.safetensors", "hf download openai/clip-vit-large-patch14 --local-dir"),
-        ("aesthetic", "sac+logos+ava1-l14-linearMSE.pth", "hf download trl-lib/ddpo-aesthetic-predictor aesthetic-model.pth"),
+        (
+            "aesthetic",
+            "sac+logos+ava1-l14-linearMSE.pth",
+            "hf download trl-lib/ddpo-aesthetic-predictor aesthetic-model.pth",
+        ),
         ("pickscore", "model.safetensors", "hf download yuvalkirstain/PickScore_v1 --local-dir"),
         ("pickscore", "vocab.json", "hf download laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
         ("hpsv2", "HPS_v2_compressed.pt", "hf download xswu/HPSv2 HPS_v2_compressed.pt --local-dir"),
@@ -294,7 +342,12 @@ def test_hub_offline_is_said_with_the_command(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name,file", [("aesthetic", "sac+logos+ava1-l14-linearMSE.pth"), ("hpsv2", "HPS_v2_compressed.pt"), ("imagereward", "ImageReward.pt")]
+    "name,file",
+    [
+        ("aesthetic", "sac+logos+ava1-l14-linearMSE.pth"),
+        ("hpsv2", "HPS_v2_compressed.pt"),
+        ("imagereward", "ImageReward.pt"),
+    ],
 )
 def test_pickle_that_is_not_plain_weights_is_refused_and_not_run(name, file, folder_of, tmp_path):
     folder, trap = folder_of(name), tmp_path / "ran"
@@ -303,7 +356,7 @@ def test_pickle_that_is_not_plain_weights_is_refused_and_not_run(name, file, fol
         def __reduce__(self):
             return (open, (str(trap), "w"))
 
-    (tmp_path / name / file).write_bytes(pickle.dumps({"layers.0.weight": Evil()}))
+    (tmp_path / name / file).write_bytes(pickle.dumps({"layers.0.weight": Evil()}, protocol=2))
     refused(name, folder, "was refused: it does not load as plain weights")
     assert not trap.exists()
 

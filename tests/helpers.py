@@ -1,0 +1,97 @@
+"""What several test files need: small presets, a policy of four weights, a hand-made trajectory, the command line in-process."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import signal
+import sys
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tdpo_cli import cli
+from tdpo_cli import preset as presets
+from tdpo_cli.preset import Preset
+from tdpo_cli.types import Trajectory, Transition
+
+
+def make_preset(**settings: Any) -> Preset:
+    """The default preset with `section__key=value` on top, checked."""
+    return presets.override(Preset(), [(key.replace("__", "."), value) for key, value in settings.items()])
+
+
+class LinearPolicy:
+    """mean = weight[k] * x_t + bias * mean(embeds) * guidance, std = 0.5: as much of a Policy as the update needs."""
+
+    def __init__(self, steps: int = 3, latent_shape: tuple[int, int, int] = (1, 2, 2)):
+        self.device = torch.device("cpu")
+        self.latent_shape = latent_shape
+        self.timesteps = torch.arange(steps).flip(0)
+        self.weight = torch.nn.Parameter(torch.linspace(0.5, 0.9, steps))
+        self.bias = torch.nn.Parameter(torch.tensor(0.1))
+        self.trainable = {"weight": self.weight, "bias": self.bias}
+        self.largest_call = 0
+
+    def transition(self, x_t: Tensor, k: Tensor, embeds: Tensor, guidance: float, reference: bool = False) -> Transition:
+        self.largest_call = max(self.largest_call, len(x_t))
+        column = (-1, 1, 1, 1)
+        mean = self.weight[k].view(column) * x_t + self.bias * guidance * embeds.mean(dim=(1, 2)).view(column)
+        return Transition(mean, torch.full((len(x_t), 1, 1, 1), 0.5))
+
+
+@torch.no_grad()
+def make_trajectory(
+    policy: LinearPolicy, samples: int, embed_dim: int = 5, guidance: float = 1.0, epoch: int = 0, seed: int = 0
+) -> Trajectory:
+    """Samples of the policy with seeded noise, seeded image embeddings and values."""
+    draw = torch.Generator().manual_seed(seed)
+    steps = len(policy.timesteps)
+    embeds = torch.randn(samples, 2, 3, generator=draw)
+    states, log_probs = [torch.randn(samples, *policy.latent_shape, generator=draw)], []
+    for k in range(steps):
+        transition = policy.transition(states[-1], torch.full((samples,), k), embeds, guidance)
+        states.append(transition.sample(torch.randn(samples, *policy.latent_shape, generator=draw)))
+        log_probs.append(transition.log_prob(states[-1]))
+    return Trajectory(
+        epoch=epoch,
+        prompts=tuple("ab"[i % 2] for i in range(samples)),
+        prompt_keys=tuple("ab"[i % 2] for i in range(samples)),
+        sample_ids=torch.arange(samples),
+        prompt_embeds=embeds,
+        timesteps=policy.timesteps,
+        latents=torch.stack(states, dim=1),
+        log_probs=torch.stack(log_probs, dim=1),
+        ref_log_probs=None,
+        image_embeds=torch.nn.functional.normalize(torch.randn(samples, steps, embed_dim, generator=draw), dim=-1),
+        values=torch.randn(samples, steps, generator=draw) / 10,
+        images=torch.rand(samples, 3, 4, 4, generator=draw),
+    )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left behind."""
+
+    status: int
+    out: str
+    err: str
+
+
+def tdpo(*arguments: object, stdin: str = "") -> Outcome:
+    """Run the command line inside this process: the exit status, standard output and standard error that a shell would see."""
+    out, err = io.StringIO(), io.StringIO()
+    before = sys.argv, sys.stdin, signal.getsignal(signal.SIGTERM)
+    sys.argv, sys.stdin = ["tdpo", *map(str, arguments)], io.StringIO(stdin)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            cli.main()
+    except SystemExit as exit_:
+        return Outcome(exit_.code, out.getvalue(), err.getvalue())
+    finally:
+        sys.argv, sys.stdin = before[:2]
+        signal.signal(signal.SIGTERM, before[2])
+    raise AssertionError("main() returns no status: it always exits")

@@ -25,10 +25,10 @@ class Source:
 def find(argument: str, preset: str | None, overrides: Sequence[tuple[str, Any]], epoch: int | None = None) -> Source:
     """Where the argument's weights lie and with which settings to sample them. Raises RequestError."""
     path = Path(argument)
-    if argument == "base":
-        return Source(_settings(preset, overrides), "base")
     if epoch is not None and not RunDir(path).holds_a_run:
         raise RequestError(f"--epoch chooses a checkpoint of a run folder, and {argument} is none.")
+    if argument == "base":
+        return Source(_settings(preset, overrides), "base")
     if RunDir(path).holds_a_run:
         return _of_run(RunDir(path), RunDir(path).checkpoint(epoch), preset, overrides)
     if (path / "manifest.json").is_file() and RunDir(path.parent.parent).holds_a_run:

@@ -65,7 +65,9 @@ def _terminated(signum: int, frame: Any) -> None:
 
 
 def _stopped(code: int) -> int:
-    print("\ntdpo: stopped. Finished epochs are on disk; continue with tdpo train --resume --out RUN.", file=sys.stderr)
+    training = "train" in sys.argv[1:2]
+    how = "Finished epochs are on disk; continue with tdpo train --resume --out RUN." if training else "What was finished is on disk."
+    print(f"\ntdpo: stopped. {how}", file=sys.stderr)
     return code
 
 
@@ -120,14 +122,21 @@ def train(
 
 def _overrides(set_: list[str] | None, checkpoint: list[str] | None, zoo: str | None) -> list[tuple[str, Any]]:
     overrides = [presets.parse_override(text) for text in set_ or []]
-    for text in checkpoint or []:
-        name, equals, path = text.partition("=")
-        if not equals or not path:
-            raise RequestError(f"--checkpoint {text}: expected REWARD=PATH.")
-        overrides.append((f"reward.checkpoints.{name}", path))
+    overrides += [(f"reward.checkpoints.{name}", path) for name, path in _checkpoints(checkpoint).items()]
     if zoo is not None:
         overrides.append(("reward.zoo", zoo))
     return overrides
+
+
+def _checkpoints(given: list[str] | None) -> dict[str, str]:
+    """REWARD=PATH, each -> reward name -> path. Raises RequestError."""
+    paths = {}
+    for text in given or []:
+        name, equals, path = text.partition("=")
+        if not equals or not path:
+            raise RequestError(f"--checkpoint {text}: expected REWARD=PATH.")
+        paths[name] = path
+    return paths
 
 
 RESUMABLE = ("run.epochs", "run.save_every", "run.keep_last")  # what may change when a run goes on
@@ -154,6 +163,14 @@ def _resumed(out: Path | None, preset: str | None, overrides: list[tuple[str, An
 def _dry_run(preset: presets.Preset, as_json: bool) -> None:
     from tdpo_cli import memory
 
+    shares = {
+        count: {
+            "samples": -(-preset.rollout.samples_per_epoch // count),
+            "samples_per_optimizer_step": -(-preset.update.batch_size // count),
+            "peak_memory_bytes": memory.estimate(preset, count),
+        }
+        for count in (1, 8)
+    }
     facts = {
         "preset": preset.as_dict(),
         "samples_per_epoch": preset.rollout.samples_per_epoch,
@@ -161,22 +178,25 @@ def _dry_run(preset: presets.Preset, as_json: bool) -> None:
         "updates_per_epoch": preset.updates_per_epoch,
         "reward_queries": preset.reward_queries,
         "peak_memory_bytes": memory.estimate(preset),
+        "per_device": shares,
     }
     if as_json:
         return print(json.dumps(facts))
-    console = Console()
-    per_device = [f"{count} GPU{'s' if count > 1 else ''}: {-(-preset.rollout.samples_per_epoch // count)} samples each" for count in (1, 8)]
-    console.pairs(
+    share = "{samples} samples an epoch, {samples_per_optimizer_step} of each optimizer step, about {memory} of memory"
+    shown = {count: share.format(**numbers, memory=size(numbers["peak_memory_bytes"])) for count, numbers in shares.items()}
+    Console().pairs(
         [
             ("model", preset.model.base),
             ("algorithm", preset.algorithm.name),
             ("rewards", f"{preset.reward.train} trains; watching {', '.join(preset.reward.watch) or 'none'}"),
+            ("prompts", f"{preset.rollout.prompts}; held out: {preset.rollout.eval_prompts or 'none'}"),
             ("samples per epoch", str(preset.rollout.samples_per_epoch)),
             ("effective batch", str(preset.update.batch_size)),
             ("optimizer steps", f"{preset.updates_per_epoch} per epoch, {preset.updates_per_epoch * preset.run.epochs:,} in all"),
             ("reward queries", f"{preset.reward_queries:,}"),
-            ("shares", "; ".join(per_device)),
-            ("memory (estimate)", f"{size(memory.estimate(preset))} on 1 device, {size(memory.estimate(preset, 8))} on each of 8, at micro-batch 4"),
+            ("on 1 device", shown[1]),
+            ("on each of 8", shown[8]),
+            ("memory", "an estimate, at micro-batch 4; the micro-batch is chosen from free memory and never changes the result"),
         ],
         title="dry run: nothing is written",
     )
@@ -220,6 +240,41 @@ def sample(
         print(json.dumps(report))
 
 
+# --- score ------------------------------------------------------------------------------------------------------------------
+@app.command()
+def score(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Its images, also those in folders below.")],
+    rewards: Annotated[str, typer.Option(metavar="all|A,B,...", help="all: aesthetic, pickscore, hpsv2, imagereward.")] = "all",
+    prompts: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Prompts: .txt, one line per image in name order; .jsonl or .csv.")] = None,
+    prompt: Annotated[Optional[str], typer.Option(metavar="TEXT", help="One prompt for all images.")] = None,
+    variant: Annotated[str, typer.Option(metavar="tdpo|package", help="As the official TDPO, or as each reward's own package.")] = "tdpo",
+    checkpoint: CheckpointOption = None,
+    zoo: ZooOption = None,
+    out: Annotated[
+        Optional[Path], typer.Option(metavar="FILE", help="A .jsonl or .csv; one that exists is continued [default: a new scores/FOLDER-0001.jsonl].")
+    ] = None,
+    batch_size: Annotated[Optional[int], typer.Option(min=1, help="Images per network call [default: 8, on a GPU 64].")] = None,
+    processes: Annotated[Optional[int], typer.Option(min=1, help="Share the work among CPU processes (or --device).")] = None,
+    gpus: Annotated[Optional[int], typer.Option(min=1, help="Share the work among GPUs.")] = None,
+    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, ... [default: a GPU where there is one]")] = None,
+    dtype: Annotated[str, typer.Option(metavar="fp32|fp16|bf16", help="Other than fp32: prints how far scores are from it.")] = "fp32",
+    json_: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Score the images of a folder with reward models."""
+    _prepare_libraries()
+    from tdpo_cli import score as scoring
+
+    report = scoring.run(
+        folder, rewards, prompt, prompts, variant, _checkpoints(checkpoint), zoo, out, batch_size, processes, gpus, device, dtype,
+        Console(quiet or json_),
+    )  # fmt: skip
+    if json_:
+        print(json.dumps(report))
+    if failure := scoring.failure(report):
+        raise WorkError(failure)
+
+
 # --- presets ----------------------------------------------------------------------------------------------------------------
 @app.command("presets")
 def presets_(
@@ -246,6 +301,24 @@ def presets_(
             return print(json.dumps({known: preset.as_dict() for known, preset in listed.items()}))
         for known, preset in listed.items():
             print(f"{known:<12}  {preset.algorithm.name} on {preset.reward.train}, {preset.model.base}, {preset.run.epochs} epochs")
+
+
+# --- doctor -----------------------------------------------------------------------------------------------------------------
+@app.command()
+def doctor(
+    preset: Annotated[Optional[str], typer.Option(metavar="NAME|FILE.toml", help="Whether this could run here [default: quickstart].")] = None,
+    json_: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Show what this machine can run and which files are missing; exit status 1 if the preset could not run as things are."""
+    _prepare_libraries()
+    from tdpo_cli import doctor as examination
+
+    report = examination.run(preset, Console(quiet or json_))
+    if json_:
+        print(json.dumps(report))
+    if not report["ok"]:
+        raise typer.Exit(1)
 
 
 def _prepare_libraries() -> None:

@@ -50,7 +50,8 @@ class Job:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.policy.load_state_dict(state["policy"])
         self.optimizers.policy.load_state_dict(state["policy_optimizer"])
-        self.optimizers.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the run so far did not compute in fp16 (a CPU)
+            self.optimizers.scaler.load_state_dict(state["scaler"])
         if self.critic:
             self.critic.load_state_dict(state["critic"])
             self.optimizers.critic.load_state_dict(state["critic_optimizer"])

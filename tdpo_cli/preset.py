@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -89,8 +90,8 @@ class Update:
     learning_rate: float = knob(1e-4, "of the policy", above=0)
     critic_learning_rate: float = knob(1e-4, "of the critic", above=0)
     optimizer: Literal["adamw", "adamw-8bit"] = knob("adamw", "the policy's optimizer; 8-bit needs the extra `8bit`")
-    adam_beta1: float = knob(0.9, "both optimizers", at_least=0, at_most=1)
-    adam_beta2: float = knob(0.999, "both optimizers", at_least=0, at_most=1)
+    adam_beta1: float = knob(0.9, "both optimizers", at_least=0, below=1)
+    adam_beta2: float = knob(0.999, "both optimizers", at_least=0, below=1)
     adam_weight_decay: float = knob(1e-4, "both optimizers, decoupled", at_least=0)
     adam_epsilon: float = knob(1e-8, "both optimizers", above=0)
     max_grad_norm: float = knob(1.0, "gradients of policy and critic are clipped to this norm, separately", above=0)
@@ -292,7 +293,7 @@ def check(preset: Preset, where: str) -> Preset:
     if preset.trained_steps < 1:
         raise SettingError(
             f"{where}: update.timestep_fraction {preset.update.timestep_fraction} of {preset.rollout.steps} steps is no step at all. "
-            f"Use at least {1 / preset.rollout.steps:g}."
+            f"Use at least {math.ceil(10_000 / preset.rollout.steps) / 10_000:g}."  # rounded up: 49 x (1/49) is below 1
         )
     if preset.algorithm.update_mode == "all-timesteps" and preset.has_critic:
         raise SettingError(

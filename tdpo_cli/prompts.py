@@ -16,14 +16,20 @@ ANIMALS = (
     "butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog chicken duck goose bee pig turkey fly llama "
     "camel bat gorilla hedgehog kangaroo"
 ).split()
+# none of the above: what a policy trained on them should be judged by too
+HELD_OUT_ANIMALS = (
+    "elephant giraffe panda penguin owl crab octopus leopard otter hamster peacock swan seal hippopotamus flamingo crocodile"
+).split()
 HPSV2_STYLES = ("photo", "anime", "concept-art", "paintings")
-SOURCES = ("simple-animals", *(f"hpsv2:{style}" for style in HPSV2_STYLES), "sandbox", "sandbox:all", "sandbox:held-out")
+SOURCES = ("simple-animals", "simple-animals:held-out", *(f"hpsv2:{style}" for style in HPSV2_STYLES), "sandbox", "sandbox:all", "sandbox:held-out")
 
 
 def load(source: str) -> list[str]:
     """The prompts of a source, in order, without empty ones. Raises RequestError."""
     if source == "simple-animals":
         return list(ANIMALS)
+    if source == "simple-animals:held-out":
+        return list(HELD_OUT_ANIMALS)
     if source == "sandbox" or source.startswith("sandbox:"):
         return _sandbox(source)
     if source.startswith("hpsv2:"):

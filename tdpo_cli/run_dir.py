@@ -39,9 +39,16 @@ class RunDir:
         except OSError:
             raise RequestError(f"{self.path}: another tdpo process is training in this folder.") from None
 
-    def start(self, preset: Preset) -> None:
+    def must_be_free(self) -> None:
+        """Whether a new run can start here, without writing anything yet. Raises RequestError."""
         if self.holds_a_run:
             raise RequestError(f"{self.path} already holds a run. Continue it with --resume, or choose another --out.")
+        nearest = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            raise RequestError(f"{self.path}: cannot be written: {nearest} is {'not writable' if nearest.is_dir() else 'a file'}.")
+
+    def start(self, preset: Preset) -> None:
+        self.must_be_free()
         self.write_preset(preset)
 
     def write_preset(self, preset: Preset) -> None:
@@ -118,7 +125,7 @@ class RunDir:
         """(epoch, state) of the newest whole state; None if no epoch was finished. Raises WorkError if all are damaged."""
         import torch
 
-        folders = sorted(epochs_in(self.path / "state"), reverse=True)
+        folders = epochs_in(self.path / "state")[::-1]
         problems = []
         for folder in folders:
             problem = damage(folder)
@@ -155,7 +162,7 @@ class RunDir:
     # --- reading checkpoints --------------------------------------------------------------------------------------------
     def checkpoint(self, epoch: int | None = None) -> Path:
         """The folder of that epoch, or of the last one. Raises RequestError."""
-        folders = sorted(epochs_in(self.path / "checkpoints"))
+        folders = epochs_in(self.path / "checkpoints")
         if not folders:
             raise RequestError(f"{self.path}: no checkpoint there yet.")
         if epoch is None:
@@ -179,7 +186,10 @@ def epoch_name(epoch: int) -> str:
 
 
 def epochs_in(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("epoch_*") if (path / "manifest.json").exists()] if folder.is_dir() else []
+    """The whole folders of epochs, oldest first."""
+    numbers = {path: path.name.removeprefix("epoch_") for path in folder.glob("epoch_*") if (path / "manifest.json").exists()}
+    whole = [path for path, number in numbers.items() if number.isdigit()]
+    return sorted(whole, key=lambda path: int(numbers[path]))  # by number: epoch_10000 follows epoch_9999
 
 
 def damage(folder: Path) -> str | None:
@@ -206,7 +216,7 @@ def hash_file(path: Path) -> str:
 
 
 def _prune(folder: Path, keep: int) -> None:
-    for old in sorted(epochs_in(folder))[:-keep]:
+    for old in epochs_in(folder)[:-keep]:
         shutil.rmtree(old)
 
 

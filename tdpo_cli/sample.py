@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 
-from tdpo_cli import checkpoints, grid, memory, models, prompts
+from tdpo_cli import checkpoints, grid, memory, models, prompts, world
 from tdpo_cli.console import Console
 from tdpo_cli.errors import RequestError
 from tdpo_cli.randomness import Randomness
 from tdpo_cli.rollout import generate
 from tdpo_cli.run_dir import next_free
-from tdpo_cli.world import best_device
 
 GRID_IMAGES = 64  # a grid holds at most this many
 GRID_COLUMNS = 8
@@ -44,7 +43,7 @@ def run(
     out = out or next_free(Path("samples"), source.name)
     if (out / "metadata.jsonl").exists():
         raise RequestError(f"{out} already holds samples; choose another --out.")
-    place = torch.device(_device(device))
+    place = world.device(device)
     policy = models.load(
         source.preset.model, device=place, trainable=False, negative_prompt=settings.negative_prompt, lora_scale=lora_scale
     )
@@ -86,15 +85,3 @@ def _write(policy, texts, per_prompt, seed, guidance, steps, batch_size, out: Pa
 
 def _slug(prompt: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "image"
-
-
-def _device(name: str | None) -> str:
-    if name is None:
-        return best_device()
-    try:
-        kind = torch.device(name)
-    except RuntimeError:
-        raise RequestError(f"--device {name}: not a device; expected cpu, cuda, cuda:1, ...") from None
-    if kind.type == "cuda" and (not torch.cuda.is_available() or (kind.index or 0) >= torch.cuda.device_count()):
-        raise RequestError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices.")
-    return name

@@ -12,7 +12,7 @@ from tdpo_cli.errors import RequestError
 from tdpo_cli.rewards.backbones import Backbones
 from tdpo_cli.sandbox import ZOO
 
-ZOO_FOLDERS = {"aesthetic": "aesthetic", "pickscore": "pickscore", "hpsv2": "hpsv2", "hpsv2.1": "hpsv2", "imagereward": "imagereward"}
+ZOO_FOLDERS = {"aesthetic": "aesthetic", "pickscore": "pickscore", "hpsv2": "hpsv2", "imagereward": "imagereward"}
 
 
 def checkpoints(zoo: str | None, given: Mapping[str, str]) -> dict[str, str]:

@@ -16,9 +16,12 @@ class SettingError(RequestError):
     """A setting that does not exist or a value that does not fit it."""
 
 
-def knob(default: Any, doc: str, *, at_least: float | None = None, above: float | None = None, at_most: float | None = None):
+def knob(
+    default: Any, doc: str, *,
+    at_least: float | None = None, above: float | None = None, at_most: float | None = None, below: float | None = None,
+):  # fmt: skip
     """A setting, explained once: its default, its meaning with unit, and its range."""
-    metadata = {"doc": doc, "at_least": at_least, "above": above, "at_most": at_most}
+    metadata = {"doc": doc, "at_least": at_least, "above": above, "at_most": at_most, "below": below}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -55,15 +58,20 @@ def convert(value: Any, hint: Any, limits: Mapping[str, Any], what: str) -> Any:
 
 
 def _check_range(value: float, limits: Mapping[str, Any], what: str) -> None:
-    at_least, above, at_most = limits["at_least"], limits["above"], limits["at_most"]
     if value != value or value in (float("inf"), float("-inf")):
         raise SettingError(f"{what}: {value} is not a finite number.")
+    at_least, above, at_most, below = (limits[name] for name in ("at_least", "above", "at_most", "below"))
+    must = None
     if at_least is not None and value < at_least:
-        raise SettingError(f"{what}: {value} is out of range; it must be at least {at_least}.")
-    if above is not None and value <= above:
-        raise SettingError(f"{what}: {value} is out of range; it must be above {above}.")
-    if at_most is not None and value > at_most:
-        raise SettingError(f"{what}: {value} is out of range; it must be at most {at_most}.")
+        must = f"at least {at_least}"
+    elif above is not None and value <= above:
+        must = f"above {above}"
+    elif at_most is not None and value > at_most:
+        must = f"at most {at_most}"
+    elif below is not None and value >= below:
+        must = f"below {below}"
+    if must:
+        raise SettingError(f"{what}: {value} is out of range; it must be {must} ({limits['doc']}).")
 
 
 def suggest(word: str, known: typing.Iterable[str], prefix: str = "") -> str:

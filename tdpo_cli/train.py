@@ -28,13 +28,11 @@ def run(preset: Preset, out: Path, resume: bool, console: Console) -> dict[str, 
     started = time.perf_counter()
     world = current()
     folder = RunDir(out)
-    if world.is_main:
+    if world.is_main and resume:
         folder.lock()
-        if not resume:
-            folder.start(preset)
-        else:
-            folder.write_preset(preset)
         console.log = out / "log.txt"
+    elif world.is_main:
+        folder.must_be_free()
     loaded = folder.load_state() if resume else None
     first_epoch = loaded[0] + 1 if loaded else 0
     if first_epoch >= preset.run.epochs:
@@ -45,6 +43,12 @@ def run(preset: Preset, out: Path, resume: bool, console: Console) -> dict[str, 
     if loaded:
         job.load_state_dict(loaded[1])
     if world.is_main:
+        if not resume:  # only now: a wrong request, found while building, leaves no folder behind
+            folder.lock()
+            folder.start(preset)
+            console.log = out / "log.txt"
+        else:
+            folder.write_preset(preset)
         folder.add_environment(record.environment(job, first_epoch))
         folder.take_back_metrics(first_epoch)
         _warn_about_long_prompts(job, console)

@@ -147,7 +147,7 @@ def update(
             critic_part = _critic_backward(critic, everyone, credit, samples, ks, masks, preset)
         optimizers.scaler.unscale_(optimizers.policy)
         observer.gradients(index)
-        norms, skipped, overflowed = _step(policy, critic, optimizers, settings.max_grad_norm)
+        norms, skipped, overflowed = _step(policy, critic, optimizers, settings.max_grad_norm, policy_part[3], world)
         steps.append(Step(index, samples, ks, share, *policy_part, *critic_part, *norms, skipped, overflowed))
         observer.after_step(steps[-1])
     return steps
@@ -197,7 +197,7 @@ def _keep_masks(randomness: Randomness, epoch: int, inner: int, index: int, rows
 
 
 def _step(
-    policy: Policy, critic: Critic | None, optimizers: Optimizers, max_norm: float
+    policy: Policy, critic: Critic | None, optimizers: Optimizers, max_norm: float, losses: Tensor, world: World
 ) -> tuple[tuple[Tensor, Tensor | None], bool, bool]:
     """Clip each network's gradient on its own and step. -> (norms before clipping, skipped, overflowed)"""
     clip = torch.nn.utils.clip_grad_norm_
@@ -205,7 +205,10 @@ def _step(
     critic_norm = None if critic is None else clip(list(critic.parameters()), max_norm)
     policy_finite = bool(policy_norm.isfinite())
     critic_finite = critic_norm is None or bool(critic_norm.isfinite())
-    overflowed = optimizers.scaler.is_enabled() and not policy_finite and critic_finite
+    overflowed = False
+    if optimizers.scaler.is_enabled() and not policy_finite and critic_finite:
+        # finite losses whose scaled gradients are not: the scale was too large. Otherwise it is a fault, as in fp32
+        overflowed = bool(world.sum((~losses.isfinite()).sum().float()) == 0)
     skipped = not overflowed and not (policy_finite and critic_finite)
     if not skipped:
         optimizers.scaler.step(optimizers.policy)  # leaves the step out if the scaled gradients overflowed

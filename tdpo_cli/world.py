@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tdpo_cli.errors import RequestError
 from tdpo_cli.types import Trajectory
 
 
@@ -86,6 +87,17 @@ def current(device: str | None = None) -> World:
 
 def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device(name: str | None) -> torch.device:
+    """The device called `name`, or the best one. Raises RequestError where this machine does not have it."""
+    try:
+        wanted = torch.device(name or best_device())
+    except RuntimeError:
+        raise RequestError(f"--device {name}: not a device; expected cpu, cuda, cuda:1, ...") from None
+    if wanted.type == "cuda" and (not torch.cuda.is_available() or (wanted.index or 0) >= torch.cuda.device_count()):
+        raise RequestError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices.")
+    return wanted
 
 
 def _to_cpu(trajectory: Trajectory) -> Trajectory:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# as the command line sets them for itself: tests run it in a process where the libraries are loaded already
+os.environ.update(TRANSFORMERS_VERBOSITY="error", DIFFUSERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

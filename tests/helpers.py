@@ -34,10 +34,10 @@ class LinearPolicy:
         self.weight = torch.nn.Parameter(torch.linspace(0.5, 0.9, steps))
         self.bias = torch.nn.Parameter(torch.tensor(0.1))
         self.trainable = {"weight": self.weight, "bias": self.bias}
-        self.largest_call = 0
+        self.calls: list[int] = []  # rows of every call
 
     def transition(self, x_t: Tensor, k: Tensor, embeds: Tensor, guidance: float, reference: bool = False) -> Transition:
-        self.largest_call = max(self.largest_call, len(x_t))
+        self.calls.append(len(x_t))
         column = (-1, 1, 1, 1)
         mean = self.weight[k].view(column) * x_t + self.bias * guidance * embeds.mean(dim=(1, 2)).view(column)
         return Transition(mean, torch.full((len(x_t), 1, 1, 1), 0.5))

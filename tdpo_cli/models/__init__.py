@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from tdpo_cli.errors import RequestError
 from tdpo_cli.preset import Model
+from tdpo_cli.run_dir import RunDir
 from tdpo_cli.sandbox import ZOO
 from tdpo_cli.types import Transition
 
@@ -50,26 +52,47 @@ def resolve(base: str) -> str:
 
 def load(model: Model, *, device: torch.device | str = "cpu", trainable: bool = True, **options: Any) -> Policy:
     """The policy of `model.base`. `trainable=False` leaves out the adapter. Raises RequestError for a folder that is no model."""
-    source = resolve(model.base)
+    source, model = resolve(model.base), _starting_point(model)
     family = _family(source, model.revision)
     return importlib.import_module(FAMILIES[family]).load(source, model, device=torch.device(device), trainable=trainable, **options)
 
 
+def _starting_point(model: Model) -> Model:
+    """A run folder as its last checkpoint. Raises RequestError for what is not there."""
+    if model.start_from is None:
+        return model
+    path = Path(model.start_from)
+    if not path.exists():
+        raise RequestError(f"{path}: no such file or folder to start from. Give a LoRA file or folder, a checkpoint or a run.")
+    return replace(model, start_from=str(RunDir(path).checkpoint() if RunDir(path).holds_a_run else path))
+
+
 def _family(source: str, revision: str | None) -> str:
-    index = json.loads(_index_file(source, revision).read_text(encoding="utf-8"))
-    family = index.get("_class_name", "?")
+    file = _index_file(source, revision)
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+        family = index.get("_class_name", "?")
+    except (OSError, ValueError, AttributeError) as error:
+        raise RequestError(f"{file}: damaged: {error}. Copy or download the model again.") from None
     # Safe, img2img and other pipelines around the same networks; their UNet says whether it fits
     if family.startswith("StableDiffusion") and "XL" not in family and not family.startswith("StableDiffusion3"):
         return "StableDiffusionPipeline"
-    raise RequestError(f"{source}: a {family} is not supported. Supported: Stable Diffusion 1.x and 2.x.")
+    raise RequestError(f"{source}: a {family} is not supported. Supported: Stable Diffusion 1.x and 2.x (StableDiffusionPipeline).")
 
 
 def _index_file(source: str, revision: str | None) -> Path:
     folder = Path(source)
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
-            raise RequestError(f"{folder}: no model_index.json there, so it is not a diffusers model folder.")
+            raise RequestError(
+                f"{folder}: no model_index.json there, so it is not a diffusers model folder. Give the folder that holds it (beside unet/, vae/, ...)."
+            )
         return folder / "model_index.json"
+    if folder.is_file():
+        raise RequestError(
+            f"{folder}: a single file, expected a diffusers folder. Convert it once, in Python: "
+            f"diffusers.StableDiffusionPipeline.from_single_file({str(folder)!r}).save_pretrained(FOLDER)"
+        )
     if folder.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
         raise RequestError(f"{source}: no such model folder, and not a hub id (owner/name) either.")
     from huggingface_hub import hf_hub_download
@@ -78,9 +101,9 @@ def _index_file(source: str, revision: str | None) -> Path:
     try:
         return Path(hf_hub_download(source, "model_index.json", revision=revision))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason, at = str(error).strip().splitlines()[0], f" --revision {revision}" if revision else ""
         raise RequestError(
-            f"{source}: no such folder, and the hub did not give it: {reason}\nFetch it with: hf download {source}\n"
+            f"{source}: no such folder, and the hub did not give it: {reason}\nFetch it with: hf download {source}{at}\n"
             "or give a folder: --set model.base=PATH"
         ) from None
 

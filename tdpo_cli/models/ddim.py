@@ -8,7 +8,10 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
+from tdpo_cli.errors import RequestError
 from tdpo_cli.types import Transition
+
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,17 @@ class Schedule:
 
 
 def schedule(scheduler_config: dict, steps: int, eta: float) -> Schedule:
-    """Any scheduler's config (PNDM, Euler, DDIM, ...) read as DDIM's, with its own timestep spacing."""
-    scheduler = DDIMScheduler.from_config(scheduler_config)
+    """Any scheduler's config (PNDM, Euler, DDIM, ...) read as DDIM's, with its own timestep spacing. Raises RequestError."""
+    scheduler = _as_ddim(scheduler_config)
+    last = scheduler.config.num_train_timesteps - 1
+    if steps > last:
+        raise RequestError(f"rollout.steps {steps} is too many: the model was trained with {last + 1} timesteps, so at most {last}.")
+    if scheduler.config.prediction_type not in PREDICTION_TYPES:
+        seen = scheduler.config.prediction_type
+        raise RequestError(f"the scheduler's prediction_type is {seen!r}; supported: {', '.join(PREDICTION_TYPES)}.")
     scheduler.set_timesteps(steps)
     config = scheduler.config
     timesteps = scheduler.timesteps
-    last = config.num_train_timesteps - 1
     # clamped, never final_alpha_cumprod: set_alpha_to_one has no effect
     previous = (timesteps - config.num_train_timesteps // steps).clamp(0, last)
     abar, abar_prev = scheduler.alphas_cumprod[timesteps], scheduler.alphas_cumprod[previous]
@@ -55,6 +63,18 @@ def schedule(scheduler_config: dict, steps: int, eta: float) -> Schedule:
         threshold_ratio=config.dynamic_thresholding_ratio if config.thresholding else None,
         threshold_max=config.sample_max_value,
     )
+
+
+def _as_ddim(config: dict) -> DDIMScheduler:
+    # diffusers' StableDiffusionPipeline, through which the official code loads, makes every other offset 1 too
+    config = {**config, "steps_offset": 1}
+    if config.get("_class_name") != "DDIMScheduler" and config.get("timestep_spacing") == "linspace":
+        # Euler's own default ends at timestep 0, where a DDIM step adds no noise: Stable Diffusion's spacing instead
+        config["timestep_spacing"] = "leading"
+    try:
+        return DDIMScheduler.from_config(config)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise RequestError(f"the scheduler's config cannot be read as DDIM's: {str(error).strip().splitlines()[0]}") from None
 
 
 def transition(prediction: Tensor, x_t: Tensor, k: Tensor, schedule: Schedule) -> Transition:
@@ -75,7 +95,7 @@ def transition(prediction: Tensor, x_t: Tensor, k: Tensor, schedule: Schedule) -
         x_0 = abar_t**0.5 * x_t - (1 - abar_t) ** 0.5 * prediction
         eps = abar_t**0.5 * prediction + (1 - abar_t) ** 0.5 * x_t
     else:
-        raise ValueError(f"prediction_type {schedule.prediction_type!r}: expected epsilon, sample or v_prediction.")
+        raise AssertionError(f"prediction_type {schedule.prediction_type!r} passed schedule()")
 
     # eps is not re-derived from the clipped x_0
     if schedule.threshold_ratio is not None:
@@ -83,7 +103,8 @@ def transition(prediction: Tensor, x_t: Tensor, k: Tensor, schedule: Schedule) -
     elif schedule.clip_sample_range is not None:
         x_0 = x_0.clamp(-schedule.clip_sample_range, schedule.clip_sample_range)
 
-    direction = (1 - abar_prev - sigma_t**2) ** 0.5 * eps
+    # never below 0 but by rounding (eta 1, zero terminal SNR)
+    direction = (1 - abar_prev - sigma_t**2).clamp(min=0) ** 0.5 * eps
     return Transition(mean=abar_prev**0.5 * x_0 + direction, std=sigma_t)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -70,10 +70,25 @@ def find(path: Path) -> Path:
 def read(path: Path) -> dict[str, Tensor]:
     """A LoRA file's tensors. Raises RequestError for a damaged file."""
     file = find(path)
+    check(file)
+    return load_file(file)
+
+
+def check(file: Path) -> None:
+    """RequestError unless the header of a safetensors file can be read and its length is right."""
     try:
-        return load_file(file)
+        with safe_open(file, framework="pt"):
+            pass
     except (SafetensorError, OSError) as error:
-        raise RequestError(f"{file}: not a readable safetensors file: {error}") from None
+        raise RequestError(f"{file}: damaged, not a readable safetensors file ({error}). Copy or download it again.") from None
+
+
+def rank_of(path: Path) -> int:
+    """The rank of the adapter in a file. Raises RequestError."""
+    down = [tensor for name, tensor in read(path).items() if ".lora_A." in name or "lora_down" in name or ".lora.down." in name]
+    if not down:
+        raise RequestError(f"{find(path)}: no LoRA weights in it.")
+    return down[0].shape[0]
 
 
 def load(unet: nn.Module, path: Path) -> int:
@@ -83,10 +98,12 @@ def load(unet: nn.Module, path: Path) -> int:
     file = find(path)
     read(file)
     state, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(str(file), unet_config=unet.config, local_files_only=True)
+    if not any("lora" in key for key in state):
+        raise RequestError(f"{file}: no LoRA weights in it.")
     state = {key if key.startswith("unet.") else f"unet.{key}": value for key, value in state.items() if "text_encoder" not in key}
     try:
         unet.load_lora_adapter(state, prefix="unet", network_alphas=alphas, adapter_name=ADAPTER)
-    except (ValueError, RuntimeError, KeyError) as error:
+    except (ValueError, RuntimeError, KeyError, IndexError) as error:
         raise RequestError(f"{file}: these LoRA weights do not fit the base model: {str(error).strip().splitlines()[0]}") from None
     loaded = parameters(unet)
     if not loaded:

@@ -4,13 +4,14 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from tdpo_cli.errors import RequestError
 from tdpo_cli.models import ddim
 from tdpo_cli.types import Transition
 
-STABLE_DIFFUSION = dict(
-    num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-    set_alpha_to_one=False, steps_offset=1, clip_sample=False, timestep_spacing="leading",
-)  # fmt: skip
+STABLE_DIFFUSION = {
+    "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False, "timestep_spacing": "leading",
+}  # fmt: skip
 
 
 def config(**changes):
@@ -115,9 +116,8 @@ def test_half_precision_predictions_are_stepped_in_single():
 
 
 def test_an_unknown_prediction_type_is_named():
-    schedule = ddim.schedule(config(prediction_type="flow"), 5, 1.0)
-    with pytest.raises(ValueError, match="'flow': expected epsilon, sample or v_prediction"):
-        ddim.transition(normal(0), normal(1), torch.tensor([0, 0]), schedule)
+    with pytest.raises(RequestError, match="prediction_type is 'flow'; supported: epsilon, sample, v_prediction"):
+        ddim.schedule(config(prediction_type="flow"), 5, 1.0)
 
 
 # --- density ----------------------------------------------------------------------------------------------------------

@@ -135,8 +135,8 @@ def test_draws_go_layer_by_layer_rows_then_the_next_layers_columns(trained):
     critic, optimizer = trained
     reset.reinitialise(critic, optimizer, CHOSEN, torch.Generator().manual_seed(1))
     draw = torch.Generator().manual_seed(1)
-    normal = lambda *shape: torch.empty(shape).normal_(0, 0.5, generator=draw)  # noqa: E731
-    rows_0, columns_1, rows_1, columns_2 = normal(2, 2), normal(3, 2), normal(1, 3), normal(2, 1)
+    normal = lambda *shape: torch.empty(shape).normal_(0, 0.5, generator=draw)
+    rows_0, columns_1, rows_1, columns_2 = normal(2, 2), normal(3, 2), normal(1, 4), normal(2, 1)
     rows_3, columns_4 = normal(2, 2), normal(1, 2)  # nobody of layer 2 is chosen: nothing is drawn
     assert critic.layers[0].weight[CHOSEN[0]].equal(rows_0)
     # where a chosen row crosses a chosen column, the later draw - the row - stays

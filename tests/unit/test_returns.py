@@ -11,7 +11,7 @@ from tdpo_cli import algorithms
 from tdpo_cli.algorithms.returns import Returns, discounted
 
 REWARDS = torch.tensor([1.0, 2.0, 3.0, 6.0])
-PLAIN = dict(reward__normalise="none", algorithm__advantage_norm="none")
+PLAIN = {"reward__normalise": "none", "algorithm__advantage_norm": "none"}
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_returns_are_double_precision(everyone):
 
 
 def test_clip_binds_after_normalisation_and_leaves_the_log_alone(everyone):
-    settings = dict(reward__normalise="global", reward__clip_range=0.6, algorithm__gamma=0)
+    settings = {"reward__normalise": "global", "reward__clip_range": 0.6, "algorithm__gamma": 0}
     returns, normed, _ = Returns(make_preset(**settings))(everyone, REWARDS)
     expected = (REWARDS.numpy() - 3) / np.std(REWARDS.numpy(), ddof=1)
     assert normed.tolist() == pytest.approx(expected.tolist(), abs=1e-6)

@@ -7,14 +7,14 @@ import torch
 from safetensors import safe_open
 
 from tdpo_cli.sandbox import ZOO, world
-from tdpo_cli.sandbox.build import preferences
+from tdpo_cli.sandbox.training import preferences
 
 REWARDS = ("aesthetic", "pickscore", "hpsv2", "imagereward")
 
 
 @pytest.fixture(scope="module")
 def pipeline():
-    from tdpo_cli.sandbox.build.unet import load_pipeline
+    from tdpo_cli.sandbox.training.unet import load_pipeline
 
     return load_pipeline(ZOO)
 
@@ -51,7 +51,7 @@ def test_tokenizer_has_one_token_per_word_and_needs_only_vocab_and_merges(pipeli
 
 
 def test_autoencoder_keeps_pictures_and_gives_unit_latents(pipeline):
-    from tdpo_cli.sandbox.build.vae import measure
+    from tdpo_cli.sandbox.training.vae import measure
 
     figures = measure(pipeline.vae, torch.Generator().manual_seed(5), n=64)
     assert figures["psnr_db"] > 29
@@ -59,7 +59,7 @@ def test_autoencoder_keeps_pictures_and_gives_unit_latents(pipeline):
 
 
 def test_samples_follow_their_prompts(pipeline):
-    from tdpo_cli.sandbox.build.unet import sample
+    from tdpo_cli.sandbox.training.unet import sample
 
     prompts = world.held_out_prompts()
     terms = world.gold_terms(sample(pipeline, prompts, seed=1), prompts)
@@ -70,7 +70,7 @@ def test_samples_follow_their_prompts(pipeline):
 def test_reward_prefers_the_better_picture(name, held_out_pairs):
     from importlib import import_module
 
-    scorer = import_module(f"tdpo_cli.sandbox.build.{name}").load_scorer(ZOO)
+    scorer = import_module(f"tdpo_cli.sandbox.training.{name}").load_scorer(ZOO)
     figures = preferences.judge(scorer, held_out_pairs)
     assert figures["accuracy_against_gold"] > 0.6
     assert figures["score_std"] > 0

@@ -1,0 +1,78 @@
+"""tdpo doctor: what is here, what is missing with the command that fetches it, and whether a preset could run."""
+
+import json
+
+import pytest
+from helpers import make_preset, tdpo
+
+from tdpo_cli import doctor
+from tdpo_cli.rewards import needed
+from tdpo_cli.sandbox import ZOO
+
+
+def cached(monkeypatch, *names):
+    """A hub cache that holds just these (hub id, file)."""
+    monkeypatch.setattr(
+        "huggingface_hub.try_to_load_from_cache", lambda hub_id, name, **options: f"/cache/{name}" if (hub_id, name) in names else None
+    )
+
+
+def test_quickstart_could_run_here():
+    result = tdpo("doctor", "--json")
+    report = json.loads(result.out)
+    assert report["preset"]["present"] and report["preset"]["fits"], report["problems"]
+    assert result.status == (0 if report["ok"] else 1)
+    assert report["devices"][0]["device"] == "cpu" and report["libraries"]["torch"]["ok"] and report["free_disk_bytes"] > 0
+    assert set(report["rewards"]) == {"aesthetic", "pickscore", "hpsv2", "hpsv2.1", "imagereward"}
+
+
+def test_published_preset_lists_what_is_missing(monkeypatch):
+    cached(monkeypatch, ("xswu/HPSv2", "HPS_v2_compressed.pt"))
+    result = tdpo("doctor", "--preset", "hpsv2")
+    assert result.status == 1 and "files of hpsv2 are missing" in result.err
+    report = json.loads(tdpo("doctor", "--preset", "hpsv2", "--json").out)
+    assert report["rewards"]["hpsv2"]["present"] and not report["rewards"]["hpsv2.1"]["present"]
+    assert report["rewards"]["hpsv2.1"]["commands"] == ["hf download xswu/HPSv2 HPS_v2.1_compressed.pt"]
+    commands = report["preset"]["commands"]
+    assert commands[0].startswith("hf download CompVis/stable-diffusion-v1-4 unet/config.json unet/diffusion_pytorch_model.safetensors")
+    assert commands[-1] == "hf download zhwang/HPDv2 benchmark/photo.json benchmark/paintings.json --repo-type dataset"
+
+
+def test_unknown_preset_is_refused():
+    result = tdpo("doctor", "--preset", "hpvs2")
+    assert result.status == 2 and "hpsv2" in result.err
+
+
+@pytest.mark.parametrize("reward", ["aesthetic", "pickscore", "hpsv2", "imagereward"])
+def test_sandbox_checkpoints_are_whole(reward):
+    assert all(file.path for file in needed.of_reward(reward, str(ZOO / reward)))
+
+
+def test_local_folder_names_where_its_files_belong(tmp_path):
+    (tmp_path / "ImageReward.pt").touch()
+    files = needed.of_reward("imagereward", str(tmp_path))
+    assert [file.path is None for file in files] == [False, True, True]
+    assert needed.commands(files) == [
+        f"hf download THUDM/ImageReward med_config.json --local-dir {tmp_path}",
+        f"hf download google-bert/bert-base-uncased vocab.txt --local-dir {tmp_path}",
+    ]
+
+
+def test_half_precision_weights_of_a_base_model_count(monkeypatch):
+    cached(monkeypatch, ("a/b", "unet/diffusion_pytorch_model.fp16.safetensors"), ("a/b", "text_encoder/pytorch_model.bin"))
+    here = [file.name for file in doctor._base_model(make_preset(model__base="a/b")) if file.path]
+    assert here == ["unet/diffusion_pytorch_model.fp16.safetensors", "text_encoder/pytorch_model.bin"]
+
+
+def test_too_little_memory_is_said(monkeypatch):
+    monkeypatch.setattr(doctor, "_main_memory", lambda: (2_000_000_000, 1_000_000))
+    monkeypatch.setattr(doctor.torch.cuda, "is_available", lambda: False)
+    result = tdpo("doctor")
+    assert result.status == 1 and "1.0 MB are free on cpu" in result.err
+
+
+def test_old_library_is_said(monkeypatch):
+    version = doctor.metadata.version
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: "0.1" if name == "peft" else version(name))
+    result = tdpo("doctor")
+    assert result.status == 1 and "peft 0.1, needs >=" in result.err

@@ -40,6 +40,8 @@ def main() -> None:
     try:
         status = app(standalone_mode=False)
         code = status if isinstance(status, int) else 0
+        if code == 130:  # the parser's own answer to Ctrl-C
+            _stopped(code)
     except KeyboardInterrupt:
         code = _stopped(130)
     except _Terminated:

@@ -5,6 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PARITY_PYTHON ?= python3.11
 PARITY_VENV ?= .venv-parity
+PARITY_SIZE ?= reduced
 PARITY_PIP ?=  # more options for pip; on Linux without a GPU: --extra-index-url https://download.pytorch.org/whl/cpu
 
 .PHONY: help quickstart test parity sandbox clean
@@ -23,7 +24,7 @@ test: $(VENV)/.installed-test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 parity: $(VENV)/.installed-test $(PARITY_VENV)/.installed
-	HF_HUB_OFFLINE=1 $(BIN)/python tests/parity/compare.py $(PARITY_VENV)/bin/python
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/parity/compare.py $(PARITY_VENV)/bin/python $(PARITY_SIZE)
 
 sandbox: $(VENV)/.installed
 	$(BIN)/python -m tdpo_cli.sandbox.build

@@ -227,6 +227,9 @@ def sample(
     quiet: QuietFlag = False,
 ) -> None:
     """Sample images from a checkpoint."""
+    from tdpo_cli import prompts as prompt_sources
+
+    wanted = prompt_sources.from_arguments(prompts)
     _prepare_libraries()
     from tdpo_cli import sample as sampling
 
@@ -236,7 +239,7 @@ def sample(
     }  # fmt: skip
     overrides += [(key, value) for key, value in given.items() if value is not None]
     report = sampling.run(
-        checkpoint, prompts, preset, overrides, epoch, out, per_prompt, seed, batch_size, eta, lora_scale, device, Console(quiet or json_)
+        checkpoint, wanted, preset, overrides, epoch, out, per_prompt, seed, batch_size, eta, lora_scale, device, Console(quiet or json_)
     )
     if json_:
         print(json.dumps(report))

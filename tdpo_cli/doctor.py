@@ -177,7 +177,8 @@ def _show(report: dict[str, Any], console: Console) -> None:
     console.pairs([*devices, ("disk", f"{size(report['free_disk_bytes'])} free"), ("hub cache", report["hub"]["cache"] + offline)], title="machine")
     console.pairs([(name, _state(one)) for name, one in report["rewards"].items()], title="published rewards")
     one = report["preset"]
-    memory_line = f"about {size(one['memory_bytes'])} on {', '.join(one['devices'])} at micro-batch {one['micro_batch']}; {_size(one['free_memory_bytes'])} free"
+    where = f"{', '.join(one['devices'])} at micro-batch {one['micro_batch']}"
+    memory_line = f"about {size(one['memory_bytes'])} on {where}; {_size(one['free_memory_bytes'])} free"
     console.pairs([("files", _state(one)), ("memory", memory_line)], title=f"preset {one['name']}")
     verdict = "could run here now" if report["ok"] else "cannot run here yet: " + "; ".join(report["problems"])
     console.say(f"{one['name']} {verdict}", style="green" if report["ok"] else "yellow")

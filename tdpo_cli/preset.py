@@ -76,7 +76,7 @@ class Algorithm:
     kl_penalty: Literal["kl", "abs", "square", "clip", "approx", "js"] = knob("clip", "estimator of the per-step KL penalty")
     kl_penalty_coef: float = knob(0.0, "weight of the KL penalty, on top of the controller's beta; 0 is off", at_least=0)
     init_kl_coef: float = knob(0.2, "initial (or fixed) beta of the KL controller", at_least=0)
-    kl_target: float | None = knob(None, "mean KL that an adaptive controller steers to; without it beta is fixed", above=0)
+    kl_target: float | None = knob(None, "mean KL that an adaptive controller steers to while kl_penalty_coef is above 0; without it beta is fixed", above=0)
     kl_horizon: int = knob(2000, "samples over which the adaptive controller acts", at_least=1)
     update_mode: Literal["per-timestep", "all-timesteps"] = knob(
         "per-timestep", "one optimizer step per batch and timestep slot, or (ddpo only) gradients accumulated over all timesteps"

@@ -89,6 +89,7 @@ def environment(job: Job, first_epoch: int) -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
+    versions["torch"] = torch.__version__  # with the build, cu130 or cpu
     device = job.world.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tdpo_cli import checkpoints, grid, memory, models, prompts, world
+from tdpo_cli import checkpoints, grid, memory, models, world
 from tdpo_cli.console import Console
 from tdpo_cli.errors import RequestError
 from tdpo_cli.randomness import Randomness
@@ -23,7 +23,7 @@ GRID_COLUMNS = 8
 
 def run(
     checkpoint: str,
-    arguments: Sequence[str],
+    wanted: Sequence[str],
     preset: str | None,
     overrides: Sequence[tuple[str, Any]],
     epoch: int | None,
@@ -37,7 +37,6 @@ def run(
     console: Console,
 ) -> dict[str, Any]:
     """Write `per_prompt` images of every prompt into `out`. -> a summary for --json. Raises RequestError."""
-    wanted = prompts.from_arguments(list(arguments))
     source = checkpoints.find(checkpoint, preset, overrides, epoch)
     settings = source.preset.rollout
     out = out or next_free(Path("samples"), source.name)

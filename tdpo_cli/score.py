@@ -118,7 +118,8 @@ def _check_prompts(items: Sequence[Item], names: Sequence[str], folder: Path) ->
         free = [name for name in names if name not in needing]
         instead = f", or ask for {','.join(free)} alone" if free else ""
         raise RequestError(
-            f"{', '.join(needing)} need a prompt for every image, and {len(missing)} of {len(items)} have none: {listed(missing)}. {HOW[0].upper()}{HOW[1:]}{instead}."
+            f"{', '.join(needing)} need a prompt for every image, and {len(missing)} of {len(items)} have none: {listed(missing)}. "
+            f"{HOW[0].upper()}{HOW[1:]}{instead}."
         )
 
 

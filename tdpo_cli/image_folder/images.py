@@ -88,9 +88,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     elif image.mode == "F":
         values = np.asarray(image).astype(np.float64)
         image = _grey(values * 255 if values.size and np.nanmax(values) <= 1 else values)  # 0..1 or 0..255
-    elif image.mode in ("LA", "La", "PA", "RGBa"):
-        image = image.convert("RGBA")
-    elif "transparency" in image.info:
+    elif image.mode in ("LA", "La", "PA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
     if image.mode == "RGBA":
         page = Image.new("RGBA", image.size, BACKGROUND)

@@ -114,10 +114,12 @@ def train(
         from tdpo_cli.run_dir import next_free
 
         out = next_free(Path("runs"), Path(preset or "quickstart").stem)
+    console = Console(quiet or json_)
+    console.say("loading libraries and networks ...", style="dim")
     _prepare_libraries()
     from tdpo_cli import train as training
 
-    report = training.run(resolved, out, resume, Console(quiet or json_))
+    report = training.run(resolved, out, resume, console)
     if json_:
         print(json.dumps(report))
 

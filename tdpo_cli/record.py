@@ -141,9 +141,11 @@ def epoch_line(row: dict[str, Any], first: dict[str, Any], preset: Preset) -> st
     """One line: trained reward and its rise in units of epoch 0's spread, watched rewards, health of the update, time."""
     name = preset.reward.train
     spread = first[f"rewards/{name}/std"] or 1
+    width = len(str(preset.run.epochs))
     rise = (row[f"rewards/{name}/mean"] - first[f"rewards/{name}/mean"]) / spread
     parts = [
-        f"epoch {row['epoch'] + 1:>{len(str(preset.run.epochs))}}/{preset.run.epochs}",
+        # folders and metrics count from 0
+        f"epoch {row['epoch']:>{width}} ({row['epoch'] + 1:>{width}}/{preset.run.epochs})",
         f"{name} {row[f'rewards/{name}/mean']:.3f} ({rise:+.2f} sd)",
         *(f"{watched} {row[f'rewards/{watched}/mean']:.3f}" for watched in preset.reward.watch),
         f"kl {significant(row['approx_kl'], 2)}",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from tdpo_cli import checkpoints, grid, memory, models, world
 from tdpo_cli.console import Console
@@ -59,27 +60,30 @@ def run(
         images = _write(policy, texts, per_prompt, seed, settings.guidance_scale, settings.steps, batch_size, out, console)
     except OSError as error:
         raise RequestError(f"{out}: cannot be written: {error.strerror or error}") from None
-    shown = images[:GRID_IMAGES]
-    columns = per_prompt if 1 < per_prompt <= GRID_COLUMNS else min(len(shown), GRID_COLUMNS)
-    grid.draw(shown, texts[: len(shown)], columns, title=f"{source.name}, seed {seed}").save(out / "grid.png")
-    console.say(f"{len(texts)} images of {len(wanted)} prompts in {out} (grid.png shows {len(shown)})")
+    columns = per_prompt if 1 < per_prompt <= GRID_COLUMNS else min(len(images), GRID_COLUMNS)
+    grid.draw(images, texts[: len(images)], columns, title=f"{source.name}, seed {seed}").save(out / "grid.png")
+    console.say(f"{len(texts)} images of {len(wanted)} prompts in {out} (grid.png shows {len(images)})")
     return {"out": str(out), "images": len(texts), "grid": str(out / "grid.png"), "source": source.name}
 
 
-def _write(policy, texts, per_prompt, seed, guidance, steps, batch_size, out: Path, console: Console) -> list:
-    """Images as they come, each with its line of metadata.jsonl."""
-    images, width = [], len(str(len(texts) - 1))
+def _write(
+    policy: models.Policy, texts: Sequence[str], per_prompt: int, seed: int, guidance: float, steps: int,
+    batch_size: int, out: Path, console: Console,
+) -> list[Image.Image]:  # fmt: skip
+    """Images as they come, each with its line of metadata.jsonl. -> those for the grid"""
+    first: list[Image.Image] = []
+    digits = max(4, len(str(len(texts) - 1)))
     with open(out / "metadata.jsonl", "w", encoding="utf-8") as metadata, console.progress("sampling", len(texts) * steps) as advance:
-        for batch in generate(policy, texts, range(len(texts)), Randomness(seed, "sample"), guidance, batch_size, advance):
-            for tensor in batch:
-                number = len(images)
-                image = grid.to_pil(tensor)
-                name = f"{number:0{max(4, width)}d}-{_slug(texts[number])}.png"
-                image.save(out / name)
-                line = {"file_name": name, "text": texts[number], "seed": seed, "sample": number, "image_of_prompt": number % per_prompt}
-                metadata.write(json.dumps(line, ensure_ascii=False) + "\n")
-                images.append(image)
-    return images
+        batches = generate(policy, texts, range(len(texts)), Randomness(seed, "sample"), guidance, batch_size, advance)
+        for number, tensor in enumerate(image for batch in batches for image in batch):
+            image, text = grid.to_pil(tensor), texts[number]
+            name = f"{number:0{digits}d}-{_slug(text)}.png"
+            image.save(out / name)
+            line = {"file_name": name, "text": text, "seed": seed, "sample": number, "image_of_prompt": number % per_prompt}
+            metadata.write(json.dumps(line, ensure_ascii=False) + "\n")
+            if number < GRID_IMAGES:
+                first.append(image)
+    return first
 
 
 def _slug(prompt: str) -> str:

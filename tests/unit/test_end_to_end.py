@@ -187,7 +187,7 @@ def test_preview_images_are_labelled_grids_that_change_with_the_policy(straight)
 
 def test_what_was_said_is_in_the_log(straight):
     log = (straight / "log.txt").read_text()
-    assert "epoch 1/2" in log and "epoch 2/2" in log and "what to try next" in log
+    assert "epoch 0 (1/2)" in log and "epoch 1 (2/2)" in log and "what to try next" in log
 
 
 def test_manifests_hold_epoch_preset_and_true_hashes(straight):

@@ -30,7 +30,8 @@ def critic_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range:
     unclipped = (values - returns) ** 2
     if clip_range == 0:
         return 0.5 * unclipped, torch.zeros_like(unclipped, dtype=torch.bool)
-    near = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    # the bounds are clamped to, not the difference: a value inside them stays itself to the last bit
+    near = values.clamp(old_values - clip_range, old_values + clip_range)
     clipped = (near - returns) ** 2
     return 0.5 * torch.maximum(unclipped, clipped), clipped > unclipped
 

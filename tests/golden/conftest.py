@@ -7,11 +7,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-KEPT = Path(__file__).parent.parent / "data" / "trace_a"
-
 
 def pytest_generate_tests(metafunc):
     if "trace_folder" in metafunc.fixturenames:
+        from trace import KEPT
+
         folders = [Path(folder) for folder in metafunc.config.getoption("--traces")] or [KEPT]
         metafunc.parametrize("trace_folder", folders, ids=lambda folder: folder.name, scope="session")
 

@@ -62,6 +62,7 @@ IMAGE = 2.4e-5  # final images: 2.4e-6
 LOG_PROB = 1e-5  # 1e-6, at the last step up to 1e-5
 CRITIC_STEP = 1e-6  # critic weights after every step: 1e-7
 CRITIC_END = 3e-5  # full critic vector: 3e-6
+KL = 1e-3  # differences of nearly equal log-probs, in units of the largest
 SCORE = 3e-4  # a quotient of activations
 GRADIENT = 4e-4  # LoRA gradient, in units of its maximum: 4e-5
 KNIFE_EDGE = 2e-6  # a ratio this close to the clip range is clipped or not by rounding alone
@@ -143,12 +144,15 @@ class Replay:
             raise AssertionError(f"decoded prompts differ: {ours.prompt_keys} {recorded.prompt_keys}")
         # the networks on recorded states: no error is carried from step to step
         with torch.no_grad():
-            predictions, levels = [], []
+            predictions, references, levels = [], [], []
             for k in range(settings.steps):
-                x_t, step = recorded.latents[:, k], torch.full((len(recorded),), k)
-                predictions.append(self.policy.predict(x_t, step, recorded.prompt_embeds, settings.guidance_scale))
-                levels.append((self.policy.decode(x_t) * 255).round())
+                inputs = recorded.latents[:, k], torch.full((len(recorded),), k), recorded.prompt_embeds, settings.guidance_scale
+                predictions.append(self.policy.predict(*inputs))
+                references += [self.policy.predict(*inputs, reference=True)] if self.preset.needs_reference else []
+                levels.append((self.policy.decode(recorded.latents[:, k]) * 255).round())
         self.compare(e + "noise_pred", torch.stack(predictions, dim=1), LATENT)
+        for name in ("ref_noise_pred", "noise_pred_ref"):
+            self.compare(e + name, torch.stack(references, dim=1) if references else torch.empty(0), LATENT)
         self.compare(e + "images_step_u8", torch.stack(levels, dim=1), 1)
         with torch.no_grad():
             embeds = torch.stack([self.encoder(images.float() / 255) for images in self.trace[e + "images_step_u8"]])
@@ -166,14 +170,19 @@ class Replay:
         self.compare(e + "temporal_rewards_raw", plain.credit(recorded, rewards).advantages, FORMULA)
         credit = self.algorithm.credit(recorded, rewards)
         self.compare(e + "rewards_normed", credit.normed_rewards, FORMULA)
+        self.compare(e + "rewards_scaled", credit.normed_rewards, FORMULA)
         self.compare(e + "rewards_clipped", self.algorithm.returns.clipped(credit.normed_rewards), FORMULA)
         self.compare(e + "returns", credit.returns, FORMULA)
         self.compare(e + "temporal_rewards", credit.advantages, FORMULA)
         if recorded.ref_log_probs is not None:
             shaping = self.algorithm.returns.kl_shaping(recorded.log_probs, recorded.ref_log_probs)
-            self.compare(e + "kl_penalty", shaping, 1e-4, relative=True)
+            self.compare(e + "kl_penalty", shaping, KL, relative=True)
             penalty = kl.penalty(self.preset.algorithm.kl_penalty, recorded.log_probs, recorded.ref_log_probs)
-            self.compare(e + "kl", penalty, 1e-4, relative=True)
+            for name in ("kl", "kl_penalty_raw"):
+                self.compare(e + name, penalty, KL, relative=True)
+            difference = kl.penalty("kl", recorded.log_probs, recorded.ref_log_probs)
+            for name in ("log_ratio", "kl_log_ratio", "ref_log_ratio"):
+                self.compare(e + name, difference, KL, relative=True)
         self.compare_number(e + "mean_kl", credit.mean_kl, _number(self.trace.epochs[epoch]["mean_kl"]), 1e-4, relative=True)
         self._moments(epoch)
         return credit

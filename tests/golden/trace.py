@@ -15,6 +15,8 @@ from tdpo_cli.models.sd import StableDiffusion
 from tdpo_cli.preset import Preset
 from tdpo_cli.types import Trajectory
 
+KEPT = Path(__file__).parent.parent / "data" / "trace_a"  # the trace in the project, without its full states
+
 
 class Trace:
     """One recorded run of the official training script."""

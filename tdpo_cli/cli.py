@@ -115,9 +115,9 @@ def train(
 
         out = next_free(Path("runs"), Path(preset or "quickstart").stem)
     console = Console(quiet or json_)
-    console.say("loading libraries and networks ...", style="dim")
-    _prepare_libraries()
-    from tdpo_cli import train as training
+    with console.working("loading libraries"):
+        _prepare_libraries()
+        from tdpo_cli import train as training
 
     report = training.run(resolved, out, resume, console)
     if json_:

@@ -63,6 +63,10 @@ class Console:
             task = bar.add_task(what, total=total)
             yield lambda n=1: bar.advance(task, n)
 
+    def working(self, what: str) -> contextlib.AbstractContextManager:
+        """A sign of life on a terminal while something takes a few seconds; it leaves no trace."""
+        return contextlib.nullcontext() if self.quiet or not self.rich.is_terminal else self.rich.status(f"{what} ...")
+
     @contextlib.contextmanager
     def timed(self, seconds: dict[str, float], name: str) -> Iterator[None]:
         """Add the time of a block to seconds[name]."""

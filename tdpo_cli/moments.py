@@ -23,35 +23,35 @@ class NoMoments:
 
 
 class PerPromptMoments:
-    """Each prompt remembers its last `buffer_size` rewards (Black et al. 2023, section 4.3)."""
+    """Each prompt remembers its last `buffer_size` samples (Black et al. 2023, section 4.3): their rewards, or their advantages of all steps."""
 
     def __init__(self, buffer_size: int, min_count: int, scale_only: bool = False, eps: float = 1e-6):
         self.buffer_size, self.min_count, self.scale_only, self.eps = buffer_size, min_count, scale_only, eps
-        self.recent: dict[str, deque[float]] = {}
+        self.recent: dict[str, deque] = {}
 
-    def normalise(self, prompts: Sequence[str], rewards: Tensor) -> Tensor:
-        """(r - mean) / (std + eps) of the prompt's recent rewards, this epoch's included. rewards [N] -> [N] float64
+    def normalise(self, prompts: Sequence[str], values: Tensor) -> Tensor:
+        """(v - mean) / (std + eps) over the prompt's recent samples, this epoch's included. [N] or [N,T] -> the same, float64
 
-        A prompt with fewer than `min_count` takes mean and std of the whole epoch instead.
+        A prompt with fewer than `min_count` samples takes mean and std of the whole epoch instead.
         """
-        rewards = rewards.double()
-        out = torch.empty_like(rewards)
+        values = values.double()
+        out = torch.empty_like(values)
         rows_of: dict[str, list[int]] = defaultdict(list)
         for row, prompt in enumerate(prompts):
             rows_of[prompt].append(row)
         for prompt, rows in rows_of.items():
             recent = self.recent.setdefault(prompt, deque(maxlen=self.buffer_size))
-            recent.extend(rewards[rows].tolist())
-            known = torch.tensor(recent, dtype=torch.float64) if len(recent) >= self.min_count else rewards
+            recent.extend(values[rows].tolist())
+            known = torch.tensor(list(recent), dtype=torch.float64) if len(recent) >= self.min_count else values
             centre = 0.0 if self.scale_only else known.mean()
-            out[rows] = (rewards[rows] - centre) / (known.std(correction=0) + self.eps)
+            out[rows] = (values[rows] - centre) / (known.std(correction=0) + self.eps)
         return out
 
     def state_dict(self) -> dict:
-        return {"recent": {prompt: list(rewards) for prompt, rewards in self.recent.items()}}
+        return {"recent": {prompt: list(samples) for prompt, samples in self.recent.items()}}
 
     def load_state_dict(self, state: dict) -> None:
-        self.recent = {prompt: deque(rewards, maxlen=self.buffer_size) for prompt, rewards in state["recent"].items()}
+        self.recent = {prompt: deque(samples, maxlen=self.buffer_size) for prompt, samples in state["recent"].items()}
 
 
 class GlobalMoments:
@@ -86,36 +86,6 @@ class GlobalMoments:
 
     def load_state_dict(self, state: dict) -> None:
         self.mean, self.variance, self.count = state["mean"], state["variance"], state["count"]
-
-
-class PerPromptAdvantages:
-    """Each prompt remembers the advantages of all steps of its last `buffer_size` samples."""
-
-    def __init__(self, buffer_size: int, min_count: int, eps: float = 1e-6):
-        self.buffer_size, self.min_count, self.eps = buffer_size, min_count, eps
-        self.recent: dict[str, deque[list[float]]] = {}
-
-    def normalise(self, prompts: Sequence[str], advantages: Tensor) -> Tensor:
-        """(A - mean) / (std + eps) over samples and steps of the prompt. advantages [N,T] float64 -> [N,T]
-
-        A prompt with fewer than `min_count` samples takes mean and std of the whole epoch instead.
-        """
-        out = torch.empty_like(advantages)
-        rows_of: dict[str, list[int]] = defaultdict(list)
-        for row, prompt in enumerate(prompts):
-            rows_of[prompt].append(row)
-        for prompt, rows in rows_of.items():
-            recent = self.recent.setdefault(prompt, deque(maxlen=self.buffer_size))
-            recent.extend(advantages[rows].tolist())
-            known = torch.tensor(list(recent), dtype=torch.float64) if len(recent) >= self.min_count else advantages
-            out[rows] = (advantages[rows] - known.mean()) / (known.std(correction=0) + self.eps)
-        return out
-
-    def state_dict(self) -> dict:
-        return {"recent": {prompt: list(rows) for prompt, rows in self.recent.items()}}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.recent = {prompt: deque(rows, maxlen=self.buffer_size) for prompt, rows in state["recent"].items()}
 
 
 def reward_moments(kind: str, buffer_size: int, min_count: int, scale_only: bool) -> NoMoments | PerPromptMoments | GlobalMoments:

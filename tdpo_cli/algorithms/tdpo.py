@@ -10,7 +10,7 @@ from torch import Tensor
 from tdpo_cli import reset
 from tdpo_cli.algorithms.returns import Returns
 from tdpo_cli.critic import Critic
-from tdpo_cli.moments import PerPromptAdvantages
+from tdpo_cli.moments import PerPromptMoments
 from tdpo_cli.preset import Preset
 from tdpo_cli.randomness import Randomness
 from tdpo_cli.types import Credit, ShufflePlan, Trajectory
@@ -22,7 +22,7 @@ class TDPO:
     def __init__(self, preset: Preset):
         self.settings = preset.algorithm
         self.returns = Returns(preset)
-        self.advantage_moments = PerPromptAdvantages(preset.reward.buffer_size, preset.reward.min_count)
+        self.advantage_moments = PerPromptMoments(preset.reward.buffer_size, preset.reward.min_count)
         self.dormant: list[Tensor] | None = None  # the last census' masks
         self.last_census: reset.Census | None = None
 

@@ -194,7 +194,7 @@ def test_advantages_per_prompt_can_be_asked_for():
     """Officially a call of a method that does not exist."""
     job = build(tiny(algorithm__advantage_norm="per-prompt"), World(), 4)
     assert train._epoch(job, 0, Console(quiet=True))["policy_loss"] is not None
-    assert isinstance(job.algorithm.advantage_moments, moments.PerPromptAdvantages)
+    assert isinstance(job.algorithm.advantage_moments, moments.PerPromptMoments)
 
 
 # --- prompts --------------------------------------------------------------------------------------------------------------

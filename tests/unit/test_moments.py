@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tdpo_cli.moments import GlobalMoments, NoMoments, PerPromptAdvantages, PerPromptMoments, reward_moments
+from tdpo_cli.moments import GlobalMoments, NoMoments, PerPromptMoments, reward_moments
 
 
 def column(*numbers):
@@ -94,7 +94,7 @@ def test_preset_words_choose_the_statistics(kind, cls):
 # --- advantages -------------------------------------------------------------------------------------------------------
 def test_advantages_of_a_prompt_are_standardised_over_samples_and_steps():
     advantages = torch.tensor([[1.0, 3.0], [0.0, 10.0], [5.0, 7.0]], dtype=torch.float64)
-    normed = PerPromptAdvantages(buffer_size=8, min_count=2).normalise(["a", "b", "a"], advantages)
+    normed = PerPromptMoments(buffer_size=8, min_count=2).normalise(["a", "b", "a"], advantages)
     a, everything = [1, 3, 5, 7], advantages.numpy()
     assert normed[[0, 2]].flatten().tolist() == pytest.approx(((np.array(a) - 4) / (np.std(a) + 1e-6)).tolist())
     # one sample of b is below min_count: samples are counted, not steps
@@ -102,7 +102,7 @@ def test_advantages_of_a_prompt_are_standardised_over_samples_and_steps():
 
 
 def test_advantages_beyond_the_buffer_are_dropped_by_sample():
-    moments = PerPromptAdvantages(buffer_size=2, min_count=1)
+    moments = PerPromptMoments(buffer_size=2, min_count=1)
     moments.normalise(["a"], torch.tensor([[1000.0, 2000.0]], dtype=torch.float64))
     normed = moments.normalise(["a", "a"], torch.tensor([[0.0, 1.0], [2.0, 3.0]], dtype=torch.float64))
     assert normed.flatten().tolist() == pytest.approx(((np.arange(4) - 1.5) / (np.std(np.arange(4)) + 1e-6)).tolist())
@@ -127,7 +127,7 @@ def test_a_saved_state_does_not_move_with_its_owner():
 
 
 def test_advantage_statistics_go_on_after_a_round_trip():
-    straight, resumed = PerPromptAdvantages(2, 1), PerPromptAdvantages(2, 1)
+    straight, resumed = PerPromptMoments(2, 1), PerPromptMoments(2, 1)
     straight.normalise(["a"], torch.tensor([[1.0, 5.0]], dtype=torch.float64))
     resumed.load_state_dict(straight.state_dict())
     more = torch.tensor([[2.0, 9.0]], dtype=torch.float64)

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from tdpo_cli.errors import LostPeer, RequestError, WorkError
 
+PROGRAM = ("-m", "tdpo_cli")
 ERROR_FILE = "TDPO_ERROR_FILE"  # where a worker leaves its last words for the launcher; set in workers only
 POLL = 0.05  # seconds
 SETTLE = 10.0  # seconds a worker that lost its peer waits for the one that is to blame
@@ -143,7 +144,7 @@ class _Team:
         spoken = open(self.folder / f"{rank}.txt", "wb")  # of all but the main worker: shown if it is the first to fail
         with spoken:
             self.workers[rank] = subprocess.Popen(
-                [sys.executable, "-m", "tdpo_cli", *self.command], env=environment,
+                [sys.executable, *PROGRAM, *self.command], env=environment,
                 stdin=subprocess.PIPE,  # never written to: its end tells a worker that the launcher is gone
                 stdout=None if rank == 0 else spoken, stderr=None if rank == 0 else spoken,
                 start_new_session=True,  # Ctrl-C in a terminal reaches a worker once, through the launcher

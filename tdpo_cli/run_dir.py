@@ -258,6 +258,8 @@ def damage(folder: Path) -> str | None:
                 return f"{folder / name} is missing"
             if hash_file(folder / name) != expected:
                 return f"{folder / name} is damaged (its hash differs from the manifest)"
+        if folder.name.startswith("epoch_") and folder.name != epoch_name(manifest["epoch"]):
+            return f"{folder / 'manifest.json'} is damaged (it speaks of epoch {manifest['epoch']})"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{folder / 'manifest.json'} is damaged ({error})"
     return None

@@ -15,6 +15,14 @@ from tdpo_cli.run_dir import RunDir
 STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """As at a terminal: a shell starts background jobs with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     place = tmp_path_factory.mktemp("straight")

@@ -6,12 +6,13 @@ import json
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
-from tdpo_cli import __version__
+from tdpo_cli import __version__, launch
 from tdpo_cli import preset as presets
 from tdpo_cli.console import Console, size
 from tdpo_cli.errors import RequestError, WorkError
@@ -37,10 +38,11 @@ ZooOption = Annotated[Optional[str], typer.Option("--zoo", metavar="sandbox", he
 def main() -> None:
     """Run the command line with the exit status of the contract: 0 done, 1 the work failed, 2 the request was wrong."""
     signal.signal(signal.SIGTERM, _terminated)
+    launch.end_with_launcher()
     try:
         status = app(standalone_mode=False)
         code = status if isinstance(status, int) else 0
-        if code == 130:  # the parser's own answer to Ctrl-C
+        if code in (130, 143):  # the parser's own answer to Ctrl-C; workers that were stopped
             _stopped(code)
     except KeyboardInterrupt:
         code = _stopped(130)
@@ -52,6 +54,8 @@ def main() -> None:
         code = _failed(error, 1)
     except Exception as error:  # noqa: BLE001 - what typer's own parser raises has a message and an exit status
         if not hasattr(error, "format_message"):
+            if launch.last_words(error, traceback.format_exc()):
+                raise SystemExit(1) from None
             raise
         code = _failed(error.format_message(), getattr(error, "exit_code", 2))
     sys.stdout.flush()
@@ -67,6 +71,8 @@ def _terminated(signum: int, frame: Any) -> None:
 
 
 def _stopped(code: int) -> int:
+    if launch.last_words(None, "stopped."):
+        return code  # the launcher says it once
     training = "train" in sys.argv[1:2]
     how = "Finished epochs are on disk; continue with tdpo train --resume --out RUN." if training else "What was finished is on disk."
     print(f"\ntdpo: stopped. {how}", file=sys.stderr)
@@ -74,7 +80,8 @@ def _stopped(code: int) -> int:
 
 
 def _failed(message: object, code: int) -> int:
-    print(f"tdpo: {message}", file=sys.stderr)
+    if not launch.last_words(message if isinstance(message, BaseException) else None, str(message)):
+        print(f"tdpo: {message}", file=sys.stderr)
     return code
 
 
@@ -95,6 +102,11 @@ def train(
     epochs: Annotated[Optional[int], typer.Option(help="Same as --set run.epochs=...")] = None,
     out: Annotated[Optional[Path], typer.Option(help="The run folder [default: a new runs/PRESET-0001, counting up].")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    gpus: Annotated[Optional[int], typer.Option(min=1, metavar="N", help="One worker on each of N GPUs. The result stays the same.")] = None,
+    processes: Annotated[Optional[int], typer.Option(min=1, metavar="N", help="N workers on the CPU. The result stays the same.")] = None,
+    machines: Annotated[int, typer.Option(min=1, metavar="M", help="The same command is started on M machines.")] = 1,
+    machine_rank: Annotated[Optional[int], typer.Option(min=0, metavar="R", help="Which of them this is; 0 writes the run folder.")] = None,
+    main_address: Annotated[Optional[str], typer.Option(metavar="HOST:PORT", help="Where machine 0 can be reached.")] = None,
     checkpoint: CheckpointOption = None,
     zoo: ZooOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen; write nothing.")] = False,
@@ -110,17 +122,27 @@ def train(
         resolved = presets.load(preset or "quickstart", overrides)
     if dry_run:
         return _dry_run(resolved, json_)
+    workers = launch.plan(gpus, processes, machines, machine_rank, main_address)
+    if machines > 1 and out is None:
+        raise RequestError("--machines needs --out RUN, the same on every machine.")
     if out is None:
         from tdpo_cli.run_dir import next_free
 
         out = next_free(Path("runs"), Path(preset or "quickstart").stem)
-    console = Console(quiet or json_)
+    if launch.is_worker():
+        if gpus or processes:
+            launch.check_world(workers)
+    else:
+        launch.check(workers, resolved.rollout.samples_per_epoch)
+        if workers.world_size > 1:
+            raise typer.Exit(launch.run(workers, [*sys.argv[1:], "--out", str(out)]))
+    console = Console(quiet or json_, silent=not launch.is_main())
     with console.working("loading libraries"):
         _prepare_libraries()
         from tdpo_cli import train as training
 
-    report = training.run(resolved, out, resume, console)
-    if json_:
+    report = training.run(resolved, out, resume, console, "cuda" if gpus else "cpu" if processes else None)
+    if json_ and launch.is_main():
         print(json.dumps(report))
 
 

@@ -14,10 +14,10 @@ from rich.table import Table
 
 
 class Console:
-    """`quiet` says nothing but warnings; everything said also goes to `log` once it is set."""
+    """`quiet` says nothing but warnings, `silent` not even those; everything said also goes to `log` once it is set."""
 
-    def __init__(self, quiet: bool = False):
-        self.quiet = quiet
+    def __init__(self, quiet: bool = False, silent: bool = False):
+        self.quiet, self.silent = quiet or silent, silent
         # messages for people go to standard error: standard output belongs to --json and to pipes
         self.rich = RichConsole(stderr=True, highlight=False, soft_wrap=True)
         self.log: Path | None = None
@@ -28,7 +28,8 @@ class Console:
         self._note(text)
 
     def warn(self, text: str) -> None:
-        self.rich.print(f"warning: {text}", style="yellow", markup=False)
+        if not self.silent:
+            self.rich.print(f"warning: {text}", style="yellow", markup=False)
         self._note(f"warning: {text}")
 
     def pairs(self, rows: Sequence[tuple[str, str]], title: str | None = None) -> None:
@@ -78,7 +79,8 @@ class Console:
 
     def _note(self, text: str) -> None:
         if self.log is not None:
-            with open(self.log, "a", encoding="utf-8") as file:
+            # a full disk: what was said is on screen, and saving the epoch will say what is wrong
+            with contextlib.suppress(OSError), open(self.log, "a", encoding="utf-8") as file:
                 file.write(text + "\n")
 
 

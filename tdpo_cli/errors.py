@@ -7,3 +7,7 @@ class RequestError(ValueError):
 
 class WorkError(RuntimeError):
     """The request was fine and the work failed. The message names the step and what is safe on disk."""
+
+
+class LostPeer(WorkError):
+    """Another process of the run is gone or silent: a consequence, the cause lies with that process."""

@@ -50,6 +50,27 @@ def micro_batch(preset: Preset, free_bytes: int | None, processes: int = 1) -> i
     return size
 
 
+def exhausted(error: BaseException) -> bool:
+    """Whether this is what a GPU, a CPU's allocator or Python says when memory runs out."""
+    kinds = {cls.__name__ for cls in type(error).__mro__}
+    return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
+
+
+def advice(preset: Preset, micro_batch: int) -> str:
+    """Which settings to lower, those first that leave the result as it is."""
+    ways = []
+    if micro_batch > 1:
+        ways.append(f"run.micro_batch={max(1, micro_batch // 2)} (it is {micro_batch}; the result stays the same)")
+    if preset.model.dtype == "fp32":
+        ways.append("model.dtype=fp16 (on a GPU)")
+    if preset.model.lora_rank == 0:
+        ways.append("model.lora_rank=4 instead of the whole UNet")
+    if preset.reward.watch:
+        ways.append("fewer rewards in reward.watch")
+    ways.append(f"rollout.samples_per_epoch (it is {preset.rollout.samples_per_epoch}), or share them among more processes")
+    return "Lower, in this order: " + "; ".join(ways) + "."
+
+
 def _base_model(preset: Preset) -> tuple[float, int, bool]:
     """(parameters, elements of a latent, whether it is a local small model)"""
     base = Path(__file__).parent / "sandbox/zoo/pipeline" if preset.model.base == "sandbox" else Path(preset.model.base)

@@ -12,7 +12,8 @@ from tdpo_cli.run_dir import epoch_name
 
 def model_card(preset: Preset, epoch: int, row: dict[str, Any]) -> str:
     """The hub's model card of one checkpoint."""
-    scores = "\n".join(f"| {name} | {row[f'rewards/{name}/mean']:.4f} | {row[f'rewards/{name}/std']:.4f} |" for name in preset.rewards)
+    number = lambda name, what: "-" if (value := row[f"rewards/{name}/{what}"]) is None else f"{value:.4f}"  # noqa: E731
+    scores = "\n".join(f"| {name} | {number(name, 'mean')} | {number(name, 'std')} |" for name in preset.rewards)
     lora = preset.model.lora_rank > 0
     base = f"base_model: {preset.model.base}\n" if "/" in preset.model.base and not Path(preset.model.base).exists() else ""
     load = f'pipe.load_lora_weights("{epoch_name(epoch)}")' if lora else "unet = UNet2DConditionModel.from_pretrained(folder, subfolder='unet')"

@@ -39,7 +39,7 @@ class Model:
 class Rollout:
     prompts: str = knob("simple-animals", "training prompts: a built-in list, a .txt/.jsonl/.csv file")
     eval_prompts: str | None = knob(None, "held-out prompts for cross-eval")
-    samples_per_epoch: int = knob(256, "images sampled and scored per epoch, over all processes", at_least=1)
+    samples_per_epoch: int = knob(256, "images sampled and scored per epoch, over all processes", at_least=1, at_most=1_000_000)
     steps: int = knob(50, "denoising steps per image", at_least=1, at_most=1000)
     guidance_scale: float = knob(5.0, "classifier-free guidance; 1 or less is off", at_least=0)
     eta: float = knob(1.0, "DDIM noise; a policy gradient needs some", above=0, at_most=1)
@@ -192,7 +192,7 @@ def load(name_or_path: str, overrides: Sequence[tuple[str, Any]] = ()) -> Preset
     try:
         text = path.read_text(encoding="utf-8")
         table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except ValueError as error:  # of TOML, JSON and UTF-8
+    except (ValueError, RecursionError) as error:  # of TOML, JSON and UTF-8; nested beyond all limits
         raise SettingError(f"{path}: not a valid preset file: {error}") from None
     except OSError as error:
         raise SettingError(f"{path}: cannot be read: {error.strerror}") from None
@@ -240,7 +240,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         return key.strip(), None if _is_optional(key.strip()) else "none"
     try:
         return key.strip(), tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # no TOML, or a number or a nesting beyond all limits
         return key.strip(), raw
 
 

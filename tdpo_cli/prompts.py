@@ -77,7 +77,7 @@ def _column(path: Path, text: str) -> list[str]:
             raise TypeError("a prompt is not a string")
     except (KeyError, TypeError) as error:
         raise RequestError(f"{path}: every row needs a `prompt` ({error}).") from None
-    except (json.JSONDecodeError, csv.Error) as error:
+    except (ValueError, csv.Error, RecursionError) as error:
         raise RequestError(f"{path}: not valid {path.suffix[1:]}: {error}") from None
     return [prompt.strip() for prompt in prompts if prompt.strip()]
 

@@ -34,20 +34,25 @@ def row(
 ) -> dict[str, Any]:  # fmt: skip
     columns: dict[str, Any] = {"epoch": epoch, "reward_queries": (epoch + 1) * len(everyone)}
     for name, values in scores.items():
-        columns[f"rewards/{name}/mean"] = values.double().mean().item()
-        columns[f"rewards/{name}/std"] = values.double().std(correction=0).item()
+        # of the training reward, the scores that trained; a watched reward with a score missing has no mean
+        known = values[values.isfinite()].double() if name == job.preset.reward.train else values.double()
+        whole = bool(known.isfinite().all())
+        columns[f"rewards/{name}/mean"] = known.mean().item() if whole else None
+        columns[f"rewards/{name}/std"] = known.std(correction=0).item() if whole else None
     columns |= means
     columns["critic_explained_variance"] = None
     if everyone.values is not None:
-        residual = (credit.returns - everyone.values.cpu()).var(correction=0)
-        columns["critic_explained_variance"] = (1 - residual / credit.returns.var(correction=0).clamp(min=1e-12)).item()
+        known = credit.returns[:, 0].isfinite()
+        returns = credit.returns[known]
+        residual = (returns - everyone.values.cpu()[known]).var(correction=0)
+        columns["critic_explained_variance"] = (1 - residual / returns.var(correction=0).clamp(min=1e-12)).item()
     columns["updates"] = job.updates
     for name in ("dormant_fraction", "dormant_overlap", "dormant_fraction_extra", "reset"):
         columns[name] = neurons.get(name)
     columns["mean_kl"] = credit.mean_kl
     columns |= {f"seconds/{name}": value for name, value in seconds.items()}
     columns["images_per_second"] = len(everyone) / seconds["total"]
-    columns["peak_memory_bytes"] = peak_memory(job.world.device)
+    columns["peak_memory_bytes"] = int(job.world.max(torch.tensor(peak_memory(job.world.device))))  # of the process that needs most
     return columns
 
 
@@ -78,8 +83,7 @@ def preview(job: Job, folder: RunDir, title: str, file: str) -> None:
         job.policy, shown, range(count), Randomness(job.preset.run.seed, "preview"), job.preset.rollout.guidance_scale, job.micro_batch
     )
     images = [grid.to_pil(image) for batch in batches for image in batch]
-    (folder.path / "images").mkdir(exist_ok=True)
-    grid.draw(images, shown, columns=min(count, 4), title=title).save(folder.path / "images" / file)
+    folder.save_image(file, grid.draw(images, shown, columns=min(count, 4), title=title))
 
 
 def environment(job: Job, first_epoch: int) -> dict[str, Any]:
@@ -147,7 +151,7 @@ def epoch_line(row: dict[str, Any], first: dict[str, Any], preset: Preset) -> st
         # folders and metrics count from 0
         f"epoch {row['epoch']:>{width}} ({row['epoch'] + 1:>{width}}/{preset.run.epochs})",
         f"{name} {row[f'rewards/{name}/mean']:.3f} ({rise:+.2f} sd)",
-        *(f"{watched} {row[f'rewards/{watched}/mean']:.3f}" for watched in preset.reward.watch),
+        *(f"{watched} {_shown(row[f'rewards/{watched}/mean'])}" for watched in preset.reward.watch),
         f"kl {significant(row['approx_kl'], 2)}",
         f"clipped {100 * row['policy_clip_fraction']:.0f}%",
     ]
@@ -155,7 +159,13 @@ def epoch_line(row: dict[str, Any], first: dict[str, Any], preset: Preset) -> st
         parts.append(f"dormant {100 * row['dormant_fraction']:.0f}%")
     if row["reset"]:
         parts.append(f"reset {row['reset']}")
+    if row["skipped_steps"]:
+        parts.append(f"skipped {row['skipped_steps']} of {preset.updates_per_epoch} steps")
     return "  ".join([*parts, f"{row['seconds/total']:.1f} s"])
+
+
+def _shown(score: float | None) -> str:
+    return "-" if score is None else f"{score:.3f}"
 
 
 def summary(preset: Preset, folder: RunDir, seconds: float) -> dict[str, Any]:
@@ -180,7 +190,7 @@ def closing(report: dict[str, Any], preset: Preset, console: Console) -> None:
     for name, reward in report["rewards"].items():
         role = "trained" if name == report["trained"] else "watched"
         rise = "-" if reward["rise"] is None else f"{reward['rise']:+.2f} sd"
-        console.say(f"  {name:<14} {role}  {reward['first']:.3f} -> {reward['last']:.3f}  ({rise}, last fifth against first fifth)")
+        console.say(f"  {name:<14} {role}  {_shown(reward['first'])} -> {_shown(reward['last'])}  ({rise}, last fifth against first fifth)")
     console.say()
     console.pairs(
         [("checkpoint", report["checkpoint"]), ("previews", f"{run}/images"), ("numbers", f"{run}/metrics.jsonl")], title="where things are"

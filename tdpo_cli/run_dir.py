@@ -31,13 +31,24 @@ class RunDir:
         return (self.path / "preset.json").exists()
 
     def lock(self) -> None:
-        """Refuse a second run in this folder. The kernel drops the lock when its owner dies. Raises RequestError."""
+        """Refuse a second run in this folder, then sweep up what a killed one left half-written. Raises RequestError.
+
+        The kernel drops the lock when its owner dies.
+        """
+        if self._lock is not None:
+            return
         self._make(self.path)
-        self._lock = open(self.path / ".lock", "w")
+        with _disk(self.path):
+            lock = open(self.path / ".lock", "w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            lock.close()
             raise RequestError(f"{self.path}: another tdpo process is training in this folder.") from None
+        self._lock = lock
+        for place in (self.path, *(self.path / name for name in ("state", "checkpoints", "images"))):
+            for leftover in place.glob(".*.tmp"):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
     def must_be_free(self) -> None:
         """Whether a new run can start here, without writing anything yet. Raises RequestError."""
@@ -66,7 +77,10 @@ class RunDir:
 
     def read_environments(self) -> list[dict[str, Any]]:
         file = self.path / "env.json"
-        return json.loads(file.read_text()) if file.exists() else []
+        try:
+            return json.loads(file.read_text()) if file.exists() else []
+        except ValueError as error:
+            raise RequestError(f"{file}: damaged: {error}. A resume reads the micro-batch from its last entry.") from None
 
     def add_environment(self, entry: dict[str, Any]) -> None:
         """One entry per start or resume."""
@@ -82,34 +96,66 @@ class RunDir:
 
     # --- metrics --------------------------------------------------------------------------------------------------------
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The whole lines of metrics.jsonl; a torn last line is no line."""
-        file = self.path / "metrics.jsonl"
+        """The whole lines of metrics.jsonl; a torn last line is no line. Raises WorkError for a damaged one."""
         rows = []
-        for line in file.read_text().splitlines(keepends=True) if file.exists() else []:
-            if not line.endswith("\n"):
-                break
-            rows.append(json.loads(line))
+        for number, line in enumerate(self._metric_lines(), 1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                raise WorkError(f"{self.path / 'metrics.jsonl'}: line {number} is damaged; tdpo train --resume mends it.") from None
         return rows
 
     def log(self, row: dict[str, Any]) -> None:
-        """Append one epoch. NaN and infinity become null."""
-        with _disk(self.path), open(self.path / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(_finite(row)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Append one epoch, or nothing of it. NaN and infinity become null."""
+        file = self.path / "metrics.jsonl"
+        before = file.stat().st_size if file.exists() else 0
+        with _disk(self.path):
+            try:
+                with open(file, "a") as out:
+                    out.write(json.dumps(_finite(row)) + "\n")
+                    out.flush()
+                    os.fsync(out.fileno())
+            except OSError:
+                os.truncate(file, before)
+                raise
 
-    def take_back_metrics(self, first_epoch: int) -> None:
-        """Drop the rows of epochs that will be run again."""
-        rows = [row for row in self.read_metrics() if row["epoch"] < first_epoch]
-        _write(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    def take_back_metrics(self, first_epoch: int, warn: Callable[[str], None] = lambda text: None) -> None:
+        """Drop the rows of epochs that will be run again; mend what is damaged from the copy in the state before them."""
+        file, lines = self.path / "metrics.jsonl", self._metric_lines()
+        copy = self.path / "state" / epoch_name(first_epoch - 1) / "metrics.jsonl"
+        if copy.exists():
+            wanted = copy.read_text().splitlines(keepends=True)
+            bad = next((i for i, line in enumerate(wanted) if lines[i : i + 1] != [line]), None)
+            if bad is not None:
+                warn(f"{file}: line {bad + 1} is {'damaged' if bad < len(lines) else 'missing'}; mended from the copy in {copy.parent}.")
+        else:
+            wanted = [json.dumps(row) + "\n" for row in self.read_metrics() if row["epoch"] < first_epoch] if first_epoch else []
+        _write(file, "".join(wanted))
+
+    def _metric_lines(self) -> list[str]:
+        file = self.path / "metrics.jsonl"
+        # a flipped bit may be no UTF-8 any more: such a line is damaged, not the end of reading
+        text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+        return [line + "\n" for line in text.split("\n")[:-1]]  # behind the last newline: nothing, or a torn line
+
+    # --- images ---------------------------------------------------------------------------------------------------------
+    def save_image(self, name: str, image: Any) -> None:
+        """images/NAME, whole or not at all."""
+        (self.path / "images").mkdir(exist_ok=True)
+        aside = self.path / "images" / f".{name}.tmp"
+        with _disk(self.path), _nothing_left(aside):
+            image.save(aside, format="PNG")
+            aside.rename(self.path / "images" / name)
 
     # --- state and checkpoints ------------------------------------------------------------------------------------------
     def save_state(self, epoch: int, state: dict[str, Any], digest: str) -> None:
-        """What a resume needs after `epoch`. The two newest are kept."""
+        """What a resume needs after `epoch`, the metrics so far among it. The two newest are kept."""
         import torch
 
         with self._folder(self.path / "state" / epoch_name(epoch), epoch, digest) as folder:
             torch.save(state, folder / "state.pt")
+            if (self.path / "metrics.jsonl").exists():
+                shutil.copyfile(self.path / "metrics.jsonl", folder / "metrics.jsonl")
         _prune(self.path / "state", STATES_KEPT)
 
     def save_checkpoint(self, epoch: int, write: Callable[[Path], None], digest: str, keep_last: int | None) -> Path:
@@ -121,20 +167,25 @@ class RunDir:
             _prune(self.path / "checkpoints", keep_last)
         return target
 
-    def load_state(self) -> tuple[int, dict[str, Any]] | None:
+    def load_state(self, warn: Callable[[str], None] = lambda text: None) -> tuple[int, dict[str, Any]] | None:
         """(epoch, state) of the newest whole state; None if no epoch was finished. Raises WorkError if all are damaged."""
         import torch
 
-        folders = epochs_in(self.path / "state")[::-1]
         problems = []
-        for folder in folders:
+        for folder in _numbered(self.path / "state")[::-1]:
             problem = damage(folder)
             if problem is None:
                 state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-                return json.loads((folder / "manifest.json").read_text())["epoch"], state
+                epoch = json.loads((folder / "manifest.json").read_text())["epoch"]
+                if problems:
+                    warn(f"{'; '.join(problems)}. Going on from the state before, of epoch {epoch}: later epochs are run again.")
+                return epoch, state
             problems.append(problem)
         if problems:
-            raise WorkError("no state of this run is whole: " + "; ".join(problems))
+            raise WorkError(
+                f"no state of this run is whole: {'; '.join(problems)}. "
+                "A new run may start from one of its checkpoints: --set model.start_from=CHECKPOINT."
+            )
         return None
 
     @contextlib.contextmanager
@@ -142,7 +193,7 @@ class RunDir:
         """Written aside, hashed, synced, renamed: a folder of that name is either whole or not there."""
         aside = target.with_name(f".{target.name}.tmp")
         shutil.rmtree(aside, ignore_errors=True)
-        with _disk(self.path):
+        with _disk(self.path), _nothing_left(aside):
             aside.mkdir(parents=True)
             yield aside
             files = sorted(path for path in aside.rglob("*") if path.is_file())
@@ -154,6 +205,8 @@ class RunDir:
             _write(aside / "manifest.json", json.dumps(manifest, indent=2) + "\n")
             for path in files:
                 _sync(path)
+            for folder in (path for path in aside.rglob("*") if path.is_dir()):
+                _sync(folder)
             _sync(aside)
             shutil.rmtree(target, ignore_errors=True)  # an epoch that is run again
             aside.rename(target)
@@ -187,9 +240,13 @@ def epoch_name(epoch: int) -> str:
 
 def epochs_in(folder: Path) -> list[Path]:
     """The whole folders of epochs, oldest first."""
-    numbers = {path: path.name.removeprefix("epoch_") for path in folder.glob("epoch_*") if (path / "manifest.json").exists()}
-    whole = [path for path, number in numbers.items() if number.isdigit()]
-    return sorted(whole, key=lambda path: int(numbers[path]))  # by number: epoch_10000 follows epoch_9999
+    return [path for path in _numbered(folder) if (path / "manifest.json").exists()]
+
+
+def _numbered(folder: Path) -> list[Path]:
+    numbers = {path: path.name.removeprefix("epoch_") for path in folder.glob("epoch_*")}
+    named = [path for path, number in numbers.items() if number.isdigit()]
+    return sorted(named, key=lambda path: int(numbers[path]))  # by number: epoch_10000 follows epoch_9999
 
 
 def damage(folder: Path) -> str | None:
@@ -201,6 +258,8 @@ def damage(folder: Path) -> str | None:
                 return f"{folder / name} is missing"
             if hash_file(folder / name) != expected:
                 return f"{folder / name} is damaged (its hash differs from the manifest)"
+        if folder.name.startswith("epoch_") and folder.name != epoch_name(manifest["epoch"]):
+            return f"{folder / 'manifest.json'} is damaged (it speaks of epoch {manifest['epoch']})"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{folder / 'manifest.json'} is damaged ({error})"
     return None
@@ -216,17 +275,19 @@ def hash_file(path: Path) -> str:
 
 
 def _prune(folder: Path, keep: int) -> None:
-    for old in epochs_in(folder)[:-keep]:
+    for old in _numbered(folder)[:-keep]:
         shutil.rmtree(old)
 
 
 def _write(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.tmp")
-    with _disk(path.parent), open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
+    with _disk(path.parent), _nothing_left(aside):
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.rename(path)
+        _sync(path.parent)
 
 
 def _sync(path: Path) -> None:
@@ -242,8 +303,31 @@ def _disk(where: Path) -> Iterator[None]:
     """A full or failing disk as one clear message."""
     try:
         yield
-    except OSError as error:
-        raise WorkError(f"{where}: writing failed: {error.strerror or error}. What was saved before is intact.") from error
+    except WorkError:
+        raise
+    except Exception as error:
+        # torch and safetensors do not hand on the system's error: a full disk is a RuntimeError about positions
+        if not isinstance(error, (OSError, RuntimeError)) and type(error).__name__ != "SafetensorError":
+            raise
+        reason = getattr(error, "strerror", None) or f"{str(error).strip().splitlines()[0]} (is the disk full? {_free(where)} free)"
+        raise WorkError(f"{where}: writing failed: {reason}. What was saved before is intact.") from error
+
+
+def _free(where: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(where).free / 1e6:.0f} MB"
+    except OSError:
+        return "unknown"
+
+
+@contextlib.contextmanager
+def _nothing_left(aside: Path) -> Iterator[None]:
+    """Whatever goes wrong, no half-written file or folder stays."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(aside) if aside.is_dir() else aside.unlink(missing_ok=True)
+        raise
 
 
 def _finite(value: Any) -> Any:

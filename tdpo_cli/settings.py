@@ -38,6 +38,8 @@ def convert(value: Any, hint: Any, limits: Mapping[str, Any], what: str) -> Any:
         if value is None:
             return None
         return convert(value, next(h for h in typing.get_args(hint) if h is not type(None)), limits, what)
+    if isinstance(value, int) and abs(value) >= 2**63:  # TOML and JSON put no limit to a whole number
+        raise SettingError(f"{what}: {said(value)} is out of range.")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if hint == tuple[str, ...]:
@@ -95,5 +97,8 @@ def type_name(hint: Any) -> str:
 
 def said(value: Any) -> str:
     kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", list: "a list", dict: "a table"}
-    shown = json.dumps(value, default=str)
+    try:
+        shown = json.dumps(value, default=str)
+    except ValueError:  # more digits than Python writes
+        shown = "..."
     return f"{shown if len(shown) < 60 else shown[:57] + '...'} ({kinds.get(type(value), type(value).__name__)})"

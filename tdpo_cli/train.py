@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tdpo_cli import __version__, memory, record, scoring
+from tdpo_cli import __version__, algorithms, memory, record, scoring, stopping
 from tdpo_cli.console import Console
-from tdpo_cli.errors import WorkError
+from tdpo_cli.errors import RequestError, WorkError
 from tdpo_cli.job import Job, build
 from tdpo_cli.preset import Preset
 from tdpo_cli.randomness import shuffle_plan, unshuffled
@@ -20,26 +22,57 @@ from tdpo_cli.rollout import rollout
 from tdpo_cli.run_dir import RunDir
 from tdpo_cli.types import Credit, Trajectory
 from tdpo_cli.update import Observer, Step, summarise, update
-from tdpo_cli.world import World, current
+from tdpo_cli.world import World, current, may_download
 
 
-def run(preset: Preset, out: Path, resume: bool, console: Console) -> dict[str, Any]:
-    """Train into the run folder `out`. -> a summary for --json. Raises RequestError, WorkError."""
+def run(preset: Preset, out: Path, resume: bool, console: Console, device: str | None = None) -> dict[str, Any]:
+    """Train into the run folder `out`. -> a summary for --json, on the main process. Raises RequestError, WorkError."""
     started = time.perf_counter()
-    world = current()
+    world = current(device)
+    if world.size > preset.rollout.samples_per_epoch:
+        raise RequestError(f"{world.size} workers for rollout.samples_per_epoch {preset.rollout.samples_per_epoch}: each needs at least one sample.")
     folder = RunDir(out)
     if world.is_main and resume:
         folder.lock()
         console.log = out / "log.txt"
     elif world.is_main:
         folder.must_be_free()
-    loaded = folder.load_state() if resume else None
+    micro_batch = _micro_batch(preset, world, folder, resume)
+    while True:
+        try:
+            report = _run(preset, world, folder, resume, micro_batch, console, started)
+            world.close()
+            return report
+        except (MemoryError, RuntimeError) as error:
+            if not memory.exhausted(error):
+                raise
+            micro_batch = min(micro_batch, len(world.mine(preset.rollout.samples_per_epoch)))
+            if preset.run.micro_batch is not None or micro_batch == 1 or world.size > 1:
+                reason = (str(error).strip() or "out of memory").splitlines()[0]
+                saved = " The last finished epoch is safe on disk." if folder.holds_a_run else ""
+                raise WorkError(f"out of memory: {reason}\n{memory.advice(preset, micro_batch)}{saved}") from error
+        micro_batch //= 2
+        console.warn(f"out of memory; going on from the last finished epoch with a micro-batch of {micro_batch}.")
+        gc.collect()  # the networks of the attempt that failed; all are built anew
+        torch.cuda.empty_cache()
+        resume = folder.holds_a_run
+
+
+def _run(
+    preset: Preset, world: World, folder: RunDir, resume: bool, micro_batch: int, console: Console, started: float
+) -> dict[str, Any]:
+    out, warn = folder.path, console.warn if world.is_main else lambda text: None
+    # read by the main process alone: the others may not see its disk
+    loaded = world.from_main(folder.load_state(warn) if resume and world.is_main else None)
     first_epoch = loaded[0] + 1 if loaded else 0
+    if world.is_main and resume:
+        folder.take_back_metrics(first_epoch, warn)
     if first_epoch >= preset.run.epochs:
         console.say(f"{out}: all {preset.run.epochs} epochs are done.")
-        return record.summary(preset, folder, time.perf_counter() - started)
+        return record.summary(preset, folder, time.perf_counter() - started) if world.is_main else {}
 
-    job = build(preset, world, _micro_batch(preset, world, folder, resume))
+    with world.first_on_each_machine() if may_download() else contextlib.nullcontext():
+        job = build(preset, world, micro_batch)
     if loaded:
         job.load_state_dict(loaded[1])
     if world.is_main:
@@ -50,7 +83,6 @@ def run(preset: Preset, out: Path, resume: bool, console: Console) -> dict[str, 
         else:
             folder.write_preset(preset)
         folder.add_environment(record.environment(job, first_epoch))
-        folder.take_back_metrics(first_epoch)
         _warn_about_long_prompts(job, console)
         console.pairs(record.header(job, out, first_epoch), title=f"tdpo {__version__}: training with {preset.algorithm.name.upper()}")
         if first_epoch == 0:
@@ -59,12 +91,14 @@ def run(preset: Preset, out: Path, resume: bool, console: Console) -> dict[str, 
     for epoch in range(first_epoch, preset.run.epochs):
         row = _epoch(job, epoch, console)
         if world.is_main:
-            record.save(job, folder, epoch, row)
+            with stopping.held():  # an epoch that is computed is not lost to a signal
+                record.save(job, folder, epoch, row)
             console.say(record.epoch_line(row, folder.read_metrics()[0], preset))
         world.barrier()
+    if not world.is_main:
+        return {}
     report = record.summary(preset, folder, time.perf_counter() - started)
-    if world.is_main:
-        record.closing(report, preset, console)
+    record.closing(report, preset, console)
     return report
 
 
@@ -80,36 +114,30 @@ def _epoch(job: Job, epoch: int, console: Console) -> dict[str, Any]:
             preset.rollout.guidance_scale, preset.needs_reference, job.micro_batch, advance,
         )  # fmt: skip
     with console.timed(seconds, "score"), console.progress(f"epoch {epoch}: scoring", len(ids) * len(job.rewards)) as advance:
-        scores = scoring.score_images(job.rewards, trajectory.images, trajectory.prompts, job.micro_batch, advance)
-        everyone, scores = world.gather(trajectory, scores)
-        _must_be_finite(scores, everyone)
+        everyone, scores = world.gather(trajectory, _scores(job, trajectory, advance))
+        _report_faults(job, everyone, scores, console)
 
     with console.timed(seconds, "update"), console.progress(f"epoch {epoch}: updating", preset.updates_per_epoch) as advance:
-        credit = job.algorithm.credit(everyone, scores[preset.reward.train])
-        steps, neurons = _inner_epochs(job, everyone, credit, advance)
+        credit = algorithms.credit(job.algorithm, everyone, scores[preset.reward.train])
+        steps, neurons = _inner_epochs(job, everyone, credit, _Watch(job, everyone, advance, console))
         job.algorithm.after_epoch(credit)
     seconds["total"] = time.perf_counter() - start
 
     job.updates += sum(not step.skipped for step in steps)
-    job.bad_steps += sum(step.skipped for step in steps)
-    if job.bad_steps >= preset.run.max_bad_steps:
-        raise WorkError(
-            f"epoch {epoch}: {job.bad_steps} optimizer steps with a non-finite loss or gradient (run.max_bad_steps). "
-            "The last finished epoch is safe on disk; a lower update.learning_rate often helps."
-        )
     return record.row(job, epoch, everyone, scores, credit, summarise(steps, world), neurons, seconds)
 
 
-def _inner_epochs(job: Job, everyone: Trajectory, credit: Credit, advance: Callable[[int], None]) -> tuple[list[Step], dict[str, Any]]:
+def _inner_epochs(job: Job, everyone: Trajectory, credit: Credit, watch: _Watch) -> tuple[list[Step], dict[str, Any]]:
     settings = job.preset.update
     steps, neurons = [], {}
     plan = unshuffled(len(everyone), job.preset.rollout.steps)
     for inner in range(settings.inner_epochs):
+        watch.inner = inner
         plan = shuffle_plan(job.randomness, everyone.epoch, inner, plan, settings.shuffle_samples, settings.shuffle_timesteps)
         trained = plan.first_columns(job.preset.trained_steps)
         steps += update(
             job.policy, job.critic, job.optimizers, everyone, credit, trained, job.preset,
-            job.randomness, inner, job.micro_batch, job.world, _Progress(advance),
+            job.randomness, inner, job.micro_batch, job.world, watch,
         )  # fmt: skip
         critic_optimizer = job.optimizers.critic
         before = neurons.get("reset", 0)
@@ -119,32 +147,83 @@ def _inner_epochs(job: Job, everyone: Trajectory, credit: Credit, advance: Calla
     return steps, neurons
 
 
-class _Progress(Observer):
-    """Moves the progress bar."""
+class _Watch(Observer):
+    """Moves the progress bar; names the epoch's first optimizer step that had to be skipped; stops the run after too many."""
 
-    def __init__(self, advance: Callable[[int], None]):
-        self.advance = advance
+    def __init__(self, job: Job, everyone: Trajectory, advance: Callable[[int], None], console: Console):
+        self.job, self.everyone, self.advance, self.console = job, everyone, advance, console
+        self.inner, self.skipped = 0, 0
 
     def after_step(self, step: Step) -> None:
         self.advance(1)
-
-
-def _must_be_finite(scores: dict[str, Tensor], everyone: Trajectory) -> None:
-    for name, values in scores.items():
-        bad = [prompt for prompt, ok in zip(everyone.prompts, values.isfinite().tolist(), strict=True) if not ok]
-        if bad:
+        if not step.skipped:
+            return
+        job, where = self.job, f"epoch {self.everyone.epoch}, inner epoch {self.inner}, optimizer step {step.index}"
+        self.skipped += 1
+        job.bad_steps += 1
+        if self.skipped == 1 and job.world.is_main:
+            self.console.warn(f"{where}: non-finite {_fault(step, self.everyone)}. Such steps are skipped and counted (skipped_steps).")
+        if job.bad_steps >= job.preset.run.max_bad_steps:
             raise WorkError(
-                f"epoch {everyone.epoch}: reward {name} gave {len(bad)} non-finite scores, for {', '.join(map(repr, bad[:3]))}"
-                f"{', ...' if len(bad) > 3 else ''}. The last finished epoch is safe on disk."
+                f"{where}: non-finite {_fault(step, self.everyone)}; with it, {job.bad_steps} optimizer steps with a non-finite loss or "
+                "gradient (run.max_bad_steps). The last finished epoch is safe on disk; a lower update.learning_rate often helps."
             )
 
 
+def _fault(step: Step, everyone: Trajectory) -> str:
+    """What was not finite in an optimizer step, and for which prompts."""
+    mine = step.sample_index[step.share]
+    for name, losses, samples in (("policy loss", step.policy_losses, mine), ("critic loss", step.critic_losses, step.sample_index)):
+        if losses is not None and not losses.isfinite().all():
+            bad = samples[~losses.isfinite().cpu()].tolist()
+            return f"{name}, for {_named(everyone.prompts[i] for i in bad)}"
+    return "gradient of the critic" if step.policy_grad_norm.isfinite() else "gradient of the policy"
+
+
+def _scores(job: Job, trajectory: Trajectory, advance: Callable[[int], None]) -> dict[str, Tensor]:
+    scores = {}
+    for name, reward in job.rewards.items():
+        try:
+            scores |= scoring.score_images({name: reward}, trajectory.images, trajectory.prompts, job.micro_batch, advance)
+        except Exception as error:
+            if isinstance(error, RequestError) or memory.exhausted(error):
+                raise
+            raise WorkError(
+                f"epoch {trajectory.epoch}: reward {name} failed: {type(error).__name__}: {error}. The last finished epoch is safe on disk."
+            ) from error
+    return scores
+
+
+def _report_faults(job: Job, everyone: Trajectory, scores: dict[str, Tensor], console: Console) -> None:
+    """Name every reward that gave a non-finite score, and what follows. Raises WorkError if nothing is left to train on."""
+    train, faults = job.preset.reward.train, []
+    for name, values in scores.items():
+        bad = [prompt for prompt, fine in zip(everyone.prompts, values.isfinite().tolist(), strict=True) if not fine]
+        if bad:
+            what = "optimizer steps with these samples are skipped" if name == train else "no mean of it in this epoch's row"
+            faults.append(f"epoch {everyone.epoch}: reward {name} gave {len(bad)} non-finite scores, for {_named(bad)}; {what}.")
+    usable = algorithms.usable(everyone, scores[train])
+    broken = [prompt for prompt, fine, score in zip(everyone.prompts, usable, scores[train], strict=True) if score.isfinite() and not fine]
+    if broken:
+        faults.append(f"epoch {everyone.epoch}: the networks gave non-finite log-probabilities or values for {_named(broken)}.")
+    if not usable.any():
+        raise WorkError(f"{' '.join(faults)} No sample is left to train on. The last finished epoch is safe on disk.")
+    for fault in faults if job.world.is_main else ():
+        console.warn(fault)
+
+
+def _named(prompts: Iterable[str]) -> str:
+    distinct = list(dict.fromkeys(prompts))
+    return ", ".join(map(repr, distinct[:3])) + (", ..." if len(distinct) > 3 else "")
+
+
 def _micro_batch(preset: Preset, world: World, folder: RunDir, resume: bool) -> int:
-    recorded = folder.read_environments() if resume else []
+    """Samples per network call, the same on every process."""
+    recorded = world.from_main(folder.read_environments() if resume and world.is_main else [])
     if recorded:
         return recorded[-1]["micro_batch"]
     free = torch.cuda.mem_get_info(world.device)[0] if world.device.type == "cuda" else None
-    return memory.micro_batch(preset, free, world.size)
+    return int(world.min(torch.tensor(memory.micro_batch(preset, free, world.size))))
 
 
 def _warn_about_long_prompts(job: Job, console: Console) -> None:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable
+import datetime
+import os
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tdpo_cli.errors import RequestError
+from tdpo_cli.errors import LostPeer, RequestError, WorkError
 from tdpo_cli.types import Trajectory
+
+TIMEOUT = float(os.environ.get("TDPO_TIMEOUT", 30))  # minutes a process waits for the others before it gives up
 
 
 class World:
     """One process among `size`. With one process nothing is exchanged and accelerate is not imported."""
 
-    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | str = "cpu"):
+    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | str = "cpu", local_rank: int = 0, cpu_group: Any = None):
         self.rank, self.size, self.device = rank, size, torch.device(device)
+        self.local_rank = local_rank  # on this machine
+        self.cpu_group = cpu_group  # for what is exchanged from CPU memory; None: the default group does that too
 
     @property
     def is_main(self) -> bool:
@@ -32,16 +39,48 @@ class World:
         """This process' contiguous part of `count` things, as even as can be."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
+    @contextlib.contextmanager
+    def first_on_each_machine(self) -> Iterator[None]:
+        """One process of each machine goes through before the others: what it downloads lies in the cache for them."""
+        if self.local_rank != 0:
+            self.barrier()
+        yield
+        if self.local_rank == 0:
+            self.barrier()
+
     # --- exchanges ------------------------------------------------------------------------------------------------------
     def gather(self, trajectory: Trajectory, scores: dict[str, Tensor]) -> tuple[Trajectory, dict[str, Tensor]]:
-        """Everyone's samples and scores, ordered by sample id, on every process."""
+        """Everyone's samples and scores, ordered by sample id, on every process; but the images, which nobody needs any more."""
         if self.size == 1:
             return trajectory, scores
-        from accelerate.utils import gather_object
+        texts: list[Any] = [None] * self.size
+        with _exchange("prompts"):
+            torch.distributed.all_gather_object(texts, (trajectory.prompts, trajectory.prompt_keys), group=self.cpu_group)
+        prompts, keys = (sum(column, ()) for column in zip(*texts, strict=True))
+        per_sample = {f.name: getattr(trajectory, f.name) for f in dataclasses.fields(trajectory) if f.name not in ("timesteps", "images")}
+        columns = {name: value for name, value in per_sample.items() if isinstance(value, Tensor)}
+        columns |= {f"scores/{name}": score for name, score in scores.items()}
+        whole = self._gather_rows(columns, [len(theirs) for theirs, _ in texts])
+        gathered_scores = {name: whole.pop(f"scores/{name}") for name in scores}
+        nothing = trajectory.images[:0]
+        return dataclasses.replace(trajectory, prompts=prompts, prompt_keys=keys, images=nothing, **whole), gathered_scores
 
-        parts = gather_object([(_to_cpu(trajectory), {name: score.cpu() for name, score in scores.items()})])
-        trajectories, all_scores = zip(*parts, strict=True)
-        return _joined(trajectories), {name: torch.cat([s[name] for s in all_scores]) for name in scores}
+    def _gather_rows(self, columns: dict[str, Tensor], counts: list[int]) -> dict[str, Tensor]:
+        """Tensors [B,...] of every process joined to [N,...], in CPU memory, all at once: a row of bytes per sample."""
+        columns = {name: column.cpu().contiguous() for name, column in columns.items()}
+        packed = [column.reshape(len(column), -1).view(torch.uint8) for column in columns.values()]
+        widths = [part.shape[1] for part in packed]
+        mine = torch.zeros(max(counts), sum(widths), dtype=torch.uint8)  # padded: all must be of one size
+        mine[: counts[self.rank]] = torch.cat(packed, dim=1)
+        everyone = torch.empty(self.size, *mine.shape, dtype=torch.uint8)
+        with _exchange("trajectories"):
+            torch.distributed.all_gather(list(everyone.unbind(0)), mine, group=self.cpu_group)
+        whole, offset = {}, 0
+        for (name, column), width in zip(columns.items(), widths, strict=True):
+            rows = torch.cat([everyone[rank, :count, offset : offset + width] for rank, count in enumerate(counts)])
+            whole[name] = rows.view(column.dtype).view(-1, *column.shape[1:])
+            offset += width
+        return whole
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """One flat all-reduce of the gradients, in place."""
@@ -52,37 +91,83 @@ class World:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         flat = torch.cat([parameter.grad.reshape(-1) for parameter in parameters])
-        torch.distributed.all_reduce(flat)
-        offset = 0
-        for parameter in parameters:
-            parameter.grad.copy_(flat[offset : offset + parameter.numel()].view_as(parameter))
-            offset += parameter.numel()
+        with _exchange("gradients"):
+            torch.distributed.all_reduce(flat)
+            for parameter, summed in zip(parameters, flat.split([parameter.numel() for parameter in parameters]), strict=True):
+                parameter.grad.copy_(summed.view_as(parameter))
 
     def sum(self, tensor: Tensor) -> Tensor:
-        if self.size > 1:
-            torch.distributed.all_reduce(tensor)
-        return tensor
+        return self._reduce(tensor, "SUM")
 
     def max(self, tensor: Tensor) -> Tensor:
+        return self._reduce(tensor, "MAX")
+
+    def min(self, tensor: Tensor) -> Tensor:
+        return self._reduce(tensor, "MIN")
+
+    def _reduce(self, tensor: Tensor, operation: str) -> Tensor:
+        """In place where several processes are."""
         if self.size > 1:
-            torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+            group = self.cpu_group if tensor.device.type == "cpu" else None
+            with _exchange("metrics"):
+                torch.distributed.all_reduce(tensor, op=getattr(torch.distributed.ReduceOp, operation), group=group)
         return tensor
+
+    def from_main(self, value: Any) -> Any:
+        """The main process' value, on every process."""
+        if self.size == 1:
+            return value
+        box = [value]
+        with _exchange("the main process' state"):
+            torch.distributed.broadcast_object_list(box, src=0, group=self.cpu_group)
+        return box[0]
 
     def barrier(self) -> None:
         if self.size > 1:
-            torch.distributed.barrier()
+            with _exchange("a barrier"):
+                torch.distributed.barrier(group=self.cpu_group)
+
+    def close(self) -> None:
+        """At the end of the work: wait for everyone, then let go."""
+        if self.size > 1:
+            self.barrier()
+            torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _exchange(what: str) -> Iterator[None]:
+    """A process that is gone, or silent for too long, as one clear message. Raises LostPeer."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise LostPeer(
+            f"lost another process of the run while exchanging {what}: it ended, or said nothing for {TIMEOUT:g} minutes "
+            f"(TDPO_TIMEOUT sets how long to wait). Its own message tells why; the last finished epoch is safe on disk. [{reason}]"
+        ) from error
 
 
 def current(device: str | None = None) -> World:
-    """The world this process was started in: alone, or as one of accelerate's workers."""
-    import os
-
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    """The world this process was started in: alone, or as one of several workers. `device`: cpu or cuda, default what is there."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 or "RANK" not in os.environ:
         return World(device=device or best_device())
     from accelerate import PartialState
 
-    state = PartialState(cpu=device == "cpu")
-    return World(state.process_index, state.num_processes, state.device)
+    # without `cpu` on a machine without a GPU accelerate makes a world of one and says nothing
+    cpu = (device or best_device()) == "cpu"
+    timeout = datetime.timedelta(minutes=TIMEOUT)
+    with _exchange("the first greetings"):
+        state = PartialState(cpu=cpu, timeout=timeout)
+        group = None if cpu else torch.distributed.new_group(backend="gloo", timeout=timeout)
+    if state.num_processes != size:
+        raise WorkError(f"{size} processes were asked for (WORLD_SIZE), but accelerate made a world of {state.num_processes}.")
+    return World(state.process_index, state.num_processes, state.device, state.local_process_index, group)
+
+
+def may_download() -> bool:
+    """Whether the model hub may be asked at all."""
+    return os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("1", "on", "yes", "true")
 
 
 def best_device() -> str:
@@ -98,25 +183,3 @@ def device(name: str | None) -> torch.device:
     if wanted.type == "cuda" and (not torch.cuda.is_available() or (wanted.index or 0) >= torch.cuda.device_count()):
         raise RequestError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices.")
     return wanted
-
-
-def _to_cpu(trajectory: Trajectory) -> Trajectory:
-    moved = {name: value.cpu() for name, value in _fields(trajectory).items() if isinstance(value, Tensor)}
-    return dataclasses.replace(trajectory, **moved)
-
-
-def _joined(parts: Iterable[Trajectory]) -> Trajectory:
-    """Parts in rank order hold contiguous sample ids, so joining them keeps the order."""
-    parts = list(parts)
-    whole: dict[str, Any] = {}
-    for name, value in _fields(parts[0]).items():
-        columns = [getattr(part, name) for part in parts]
-        if name == "timesteps" or not isinstance(value, (Tensor, tuple)):
-            whole[name] = value
-        else:
-            whole[name] = torch.cat(columns) if isinstance(value, Tensor) else sum(columns, ())
-    return Trajectory(**whole)
-
-
-def _fields(trajectory: Trajectory) -> dict[str, Any]:
-    return {field.name: getattr(trajectory, field.name) for field in dataclasses.fields(trajectory)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +30,39 @@ class Algorithm(Protocol):
 
 
 ALGORITHMS = {"ddpo": DDPO, "tdpo": TDPO, "tdpo-r": TDPOR}
+
+
+def credit(algorithm: Algorithm, everyone: Trajectory, rewards: Tensor) -> Credit:
+    """`algorithm.credit` of the samples whose numbers are all finite; the others get NaN and touch no statistics.
+
+    NaN credit makes the loss of exactly those optimizer steps NaN that hold such a sample, and the update skips them.
+    """
+    fine = usable(everyone, rewards)
+    if fine.all():
+        return algorithm.credit(everyone, rewards)
+    rows = fine.nonzero().flatten()
+    part = lambda tensor: None if tensor is None else tensor[rows.to(tensor.device)]  # noqa: E731
+    some = replace(
+        everyone, prompts=tuple(everyone.prompts[i] for i in rows), prompt_keys=tuple(everyone.prompt_keys[i] for i in rows),
+        log_probs=part(everyone.log_probs), ref_log_probs=part(everyone.ref_log_probs), values=part(everyone.values),
+    )  # fmt: skip
+    known = algorithm.credit(some, rewards[rows])
+
+    def spread(values: Tensor) -> Tensor:
+        whole = torch.full((len(fine), *values.shape[1:]), float("nan"), dtype=values.dtype)
+        whole[rows] = values
+        return whole
+
+    return Credit(spread(known.advantages), spread(known.returns), spread(known.normed_rewards), known.mean_kl)
+
+
+def usable(everyone: Trajectory, rewards: Tensor) -> Tensor:
+    """Which samples have a finite reward, log-probabilities and values. -> [N] bool"""
+    fine = rewards.cpu().isfinite()
+    for steps in (everyone.log_probs, everyone.ref_log_probs, everyone.values):
+        if steps is not None:
+            fine = fine & steps.isfinite().all(dim=1).cpu()
+    return fine
 
 
 def make(preset: Preset) -> Algorithm:

@@ -74,7 +74,8 @@ def test_without_a_command_help_is_shown():
 
 
 OPTIONS = {
-    "train": "--preset --set --algorithm --seed --epochs --out --resume --checkpoint --zoo --dry-run --json --quiet",
+    "train": "--preset --set --algorithm --seed --epochs --out --resume --gpus --processes --machines --machine-rank --main-address "
+    "--checkpoint --zoo --dry-run --json --quiet",
     "sample": "--preset --epoch --out --per-prompt --seed --batch-size --steps --guidance-scale --eta --negative-prompt --lora-scale "
     "--device --dtype --json --quiet",
     "presets": "--json",

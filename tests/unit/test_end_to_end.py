@@ -136,7 +136,7 @@ def pictures(folder):
 def test_the_run_folder_holds_what_the_contract_lists(straight):
     expected = {"preset.json", "env.json", "metrics.jsonl", "log.txt"}
     for epoch in ("epoch_0000", "epoch_0001"):
-        expected |= {f"images/{epoch}.png", f"state/{epoch}/state.pt", f"state/{epoch}/manifest.json"}
+        expected |= {f"images/{epoch}.png", *(f"state/{epoch}/{name}" for name in ("state.pt", "metrics.jsonl", "manifest.json"))}
         expected |= {f"checkpoints/{epoch}/{name}" for name in (LORA, "critic.safetensors", "manifest.json", "README.md")}
     assert expected <= files(straight)
     assert files(straight) - expected <= {".lock", "images/before.png", "report.html"}

@@ -20,7 +20,7 @@ LEVELS = {
     "pieces": [
         "models", "rewards", "critic", "moments", "reset", "kl", "prompts", "run_dir", "memory", "sandbox", "grid", "model_card", "image_folder",
     ],
-    "ground": ["types", "world", "preset", "settings", "errors", "randomness", "console", "__init__"],
+    "ground": ["types", "world", "preset", "settings", "errors", "randomness", "console", "stopping", "__init__"],
 }  # fmt: skip
 SIBLINGS_APART = ["commands", "parts of an epoch"]
 WITHOUT_TORCH = ["cli", "preset", "settings", "memory", "prompts", "errors", "console"]

@@ -1,0 +1,89 @@
+"""Looks on inside a worker: what it exchanged, and what it drew and holds after every epoch. Never changes anything."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+
+# what goes over the wire; all_gather_object and its like are made of these
+COLLECTIVES = [
+    name for name in (
+        "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_single", "broadcast", "reduce", "gather", "scatter",
+        "reduce_scatter_tensor", "all_to_all_single", "barrier",
+    ) if hasattr(torch.distributed.distributed_c10d, name)
+]  # fmt: skip
+
+
+def install(set_: Callable[[Any, str, Any], None] = setattr) -> dict[str, Any]:
+    """-> {"epochs": [...], "collectives": {name: count}}, filled while the run goes on"""
+    from tdpo_cli import record, train
+
+    seen: dict[str, Any] = {"epochs": [], "collectives": dict.fromkeys(COLLECTIVES, 0), "plans": []}
+    c10d = torch.distributed.distributed_c10d
+    for name in COLLECTIVES:
+        counted = _counted(getattr(c10d, name), name, seen["collectives"])
+        for module in (c10d, torch.distributed):
+            if hasattr(module, name):
+                set_(module, name, counted)
+
+    row, shuffle_plan = record.row, train.shuffle_plan
+
+    def spied_row(job: Any, epoch: int, everyone: Any, *others: Any) -> dict[str, Any]:
+        result = row(job, epoch, everyone, *others)
+        state = job.state_dict()
+        networks = {**state["policy"], **{f"critic.{name}": value for name, value in (state["critic"] or {}).items()}}
+        seen["epochs"].append({
+            "prompts": list(everyone.prompts), "sample_ids": everyone.sample_ids.tolist(), "x_T": _digest(everyone.latents[:, 0]),
+            "plans": seen["plans"], "weights": _digest(*(networks[name] for name in sorted(networks))), "micro_batch": job.micro_batch,
+            "collectives": sum(seen["collectives"].values()), "row": {key: value for key, value in result.items() if "second" not in key},
+        })  # fmt: skip
+        seen["plans"] = []
+        return result
+
+    def spied_plan(*arguments: Any) -> Any:
+        plan = shuffle_plan(*arguments)
+        seen["plans"].append(_digest(plan.sample_index, plan.step_index))
+        return plan
+
+    set_(record, "row", spied_row)
+    set_(train, "shuffle_plan", spied_plan)
+    return seen
+
+
+def main() -> None:
+    """`python spy.py ...` is `python -m tdpo_cli ...`; what was seen goes to $SPY_FOLDER/RANK.json."""
+    from tdpo_cli import cli
+
+    seen = install()
+    file = Path(os.environ["SPY_FOLDER"], f"{os.environ.get('RANK', 0)}.json")
+    atexit.register(lambda: file.write_text(json.dumps(seen)))
+    cli.main()
+
+
+def _counted(function: Callable, name: str, counts: dict[str, int]) -> Callable:
+    @functools.wraps(function)
+    def counted(*arguments: Any, **options: Any) -> Any:
+        counts[name] += 1
+        return function(*arguments, **options)
+
+    return counted
+
+
+def _digest(*tensors: torch.Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    main()

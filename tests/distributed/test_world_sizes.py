@@ -1,0 +1,161 @@
+"""Facts about runs shared by several processes: the same run, whoever does the work."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import spy
+from helpers import tdpo
+
+PRESET = """
+[model]
+base = "sandbox"
+lora_rank = 4
+dtype = "fp32"
+
+[rollout]
+prompts = "sandbox"
+samples_per_epoch = 16
+steps = 10                  # as in the quickstart: sampling in very few amplifies rounding
+guidance_scale = 3.0
+
+[reward]
+train = "aesthetic"
+watch = ["gold"]
+zoo = "sandbox"
+
+[algorithm]
+critic_init_std = 0.11
+reset_every = 2
+
+[update]
+batch_size = 8
+learning_rate = 1.5e-3      # the quickstart's
+critic_learning_rate = 1e-3
+max_grad_norm = 3e-3
+clip_range = 1e-2
+
+[run]
+epochs = 3
+seed = 1
+preview_images = 1
+"""
+OPTIMIZER_STEPS = 20  # an epoch: 10 steps x 2 batches
+A_HANDFUL = 8
+NOT_COMPARED = {"images_per_second", "peak_memory_bytes"}
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    (folder / "tiny.toml").write_text(PRESET)
+    return folder
+
+
+def workers(place, name, *arguments):
+    """`tdpo train` into place/NAME in a process of its own, whose workers are spied on. -> what each of them saw"""
+    (place / f"{name}-seen").mkdir()
+    start = f"import sys; from tdpo_cli import launch, cli; launch.PROGRAM = ({str(HERE / 'spy.py')!r},); cli.main()"
+    command = [sys.executable, "-c", start, "train", "--preset", place / "tiny.toml", "--out", place / name, "--json", *arguments]
+    environment = {**os.environ, "SPY_FOLDER": str(place / f"{name}-seen"), "PYTHONPATH": str(HERE.parent.parent)}
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["run"] == str(place / name), "one JSON object, from the main process alone"
+    return [json.loads(file.read_text()) for file in sorted((place / f"{name}-seen").iterdir())]
+
+
+@pytest.fixture(scope="module")
+def alone(place):
+    """Three epochs in one process."""
+    with pytest.MonkeyPatch.context() as patch:
+        seen = spy.install(patch.setattr)
+        outcome = tdpo("train", "--preset", place / "tiny.toml", "--out", place / "alone")
+    assert outcome.status == 0, outcome.err
+    return seen
+
+
+@pytest.fixture(scope="module")
+def two(place):
+    """Two epochs in two processes, with a micro-batch that divides nothing."""
+    return workers(place, "two", "--processes", 2, "--epochs", 2, "--set", "run.micro_batch=3")
+
+
+@pytest.fixture(scope="module")
+def resumed(place, two):
+    """The third epoch of the same run, in one process."""
+    outcome = tdpo("train", "--resume", "--out", place / "two", "--epochs", 3)
+    assert outcome.status == 0, outcome.err
+    return place / "two"
+
+
+def rows(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_close(ours, theirs, tolerance):
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        if name.startswith("seconds/") or name in NOT_COMPARED:
+            continue
+        if name == "ratio_drift":  # is itself nothing but rounding, which depends on the shape of batches
+            assert max(value, theirs[name]) < 1e-5
+        elif value is None:
+            assert theirs[name] is None, name
+        else:
+            assert abs(theirs[name] - value) <= tolerance * max(abs(value), 1e-3), f"epoch {ours['epoch']}, {name}: {value} and {theirs[name]}"
+
+
+def test_prompts_noise_and_shuffles_are_exactly_equal(alone, two):
+    for worker in two:
+        for ours, theirs in zip(alone["epochs"], worker["epochs"], strict=False):
+            assert {key: ours[key] for key in ("prompts", "sample_ids", "x_T", "plans")} == {
+                key: theirs[key] for key in ("prompts", "sample_ids", "x_T", "plans")
+            }
+
+
+def test_one_process_and_two_agree(alone, two, place):
+    ours, theirs = rows(place / "alone"), two[0]["epochs"]
+    assert len(theirs) == 2
+    for epoch, tolerance in enumerate((1e-4, 2e-3)):
+        assert_close({key: value for key, value in ours[epoch].items() if key in theirs[epoch]["row"]}, theirs[epoch]["row"], tolerance)
+
+
+def test_a_run_resumed_in_another_number_of_processes_is_the_same_run(alone, resumed, place):
+    assert [entry["world_size"] for entry in json.loads((resumed / "env.json").read_text())] == [2, 1]
+    assert {entry["micro_batch"] for entry in json.loads((resumed / "env.json").read_text())} == {3}
+    ours, theirs = rows(place / "alone"), rows(resumed)
+    assert [row["epoch"] for row in theirs] == [0, 1, 2]
+    assert_close(ours[2], theirs[2], 2e-3)
+
+
+def test_every_process_holds_the_same_weights_and_the_same_numbers(two):
+    first, second = two
+    for ours, theirs in zip(first["epochs"], second["epochs"], strict=True):
+        assert ours["weights"] == theirs["weights"]
+        assert ours["row"] == theirs["row"]
+
+
+def test_one_gradient_reduction_per_optimizer_step_and_a_handful_more(alone, two):
+    assert sum(alone["collectives"].values()) == 0
+    for worker in two:
+        first, second = (epoch["collectives"] for epoch in worker["epochs"])
+        print(f"collectives an epoch: {second - first}, of which {OPTIMIZER_STEPS} sum gradients; in all {worker['collectives']}")
+        assert OPTIMIZER_STEPS < second - first <= OPTIMIZER_STEPS + A_HANDFUL
+
+
+def test_only_the_main_process_writes_and_the_log_has_each_line_once(two, place):
+    assert len(rows(place / "two")) >= 2
+    log = (place / "two" / "log.txt").read_text()
+    assert log.count("epoch 0 (1/2)") == log.count("epoch 1 (2/2)") == 1
+
+
+@pytest.mark.slow
+def test_four_processes_agree_too(alone, place):
+    seen = workers(place, "four", "--processes", 4, "--set", "run.micro_batch=1")
+    for epoch, (ours, theirs) in enumerate(zip(rows(place / "alone"), rows(place / "four"), strict=True)):
+        assert_close(ours, theirs, 1e-4 if epoch == 0 else 2e-3)
+    assert len({worker["epochs"][-1]["weights"] for worker in seen}) == 1

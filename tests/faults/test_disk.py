@@ -1,0 +1,192 @@
+"""Facts about what the disk holds: damage is found and named, a full disk loses nothing that was saved."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from helpers import tdpo
+from PIL import Image
+
+from tdpo_cli import record, run_dir
+from tdpo_cli.models.sd import StableDiffusion
+from tdpo_cli.run_dir import RunDir, damage
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("disk")
+
+
+@pytest.fixture(scope="module")
+def straight(place):
+    """Three epochs in one go; only read."""
+    outcome = tdpo("train", "--preset", tiny.preset(place), "--out", place / "straight")
+    assert outcome.status == 0, outcome.err
+    return place / "straight"
+
+
+@pytest.fixture
+def run(straight, tmp_path):
+    """A copy of it to damage."""
+    return shutil.copytree(straight, tmp_path / "run")
+
+
+def resume(run, *more):
+    return tdpo("train", "--resume", "--out", run, *more)
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(bytes(content))
+
+
+def test_a_manifest_of_another_epoch_is_damaged(run):
+    file = run / "state/epoch_0002/manifest.json"
+    file.write_text(file.read_text().replace('"epoch": 2', '"epoch": 6'))
+    assert damage(file.parent) == f"{file} is damaged (it speaks of epoch 6)"
+
+
+def remove(file):
+    file.unlink()
+
+
+# --- damaged states -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["state.pt", "manifest.json", "metrics.jsonl"])
+@pytest.mark.parametrize("hurt", [cut, flip, remove])
+def test_a_damaged_newest_state_is_named_and_the_one_before_is_used(run, straight, name, hurt):
+    file = run / "state/epoch_0002" / name
+    hurt(file)
+    warnings = []
+    epoch, _ = RunDir(run).load_state(warnings.append)
+    (warning,) = warnings
+    named = file.parent if (name, hurt) == ("manifest.json", flip) else file  # a flipped bit in a hash looks like the file's fault
+    assert epoch == 1 and str(named) in warning and "Going on from the state before, of epoch 1" in warning
+
+
+def test_the_run_goes_on_from_the_state_before_and_ends_as_if_nothing_had_happened(run, straight):
+    flip(run / "state/epoch_0002/state.pt")
+    outcome = resume(run)
+    assert outcome.status == 0, outcome.err
+    assert "warning: " in outcome.err and "epoch_0002/state.pt is damaged" in outcome.err
+    assert tiny.outcome_of(run) == tiny.outcome_of(straight)
+    assert damage(run / "state/epoch_0002") is None
+
+
+def test_when_both_states_are_damaged_the_message_names_both_and_nothing_is_changed(run):
+    for epoch in (1, 2):
+        cut(run / f"state/epoch_000{epoch}/state.pt")
+    before = (run / "metrics.jsonl").read_bytes()
+    outcome = resume(run, "--epochs", 4)
+    assert outcome.status == 1 and "Traceback" not in outcome.err
+    assert "epoch_0002/state.pt is damaged" in outcome.err and "epoch_0001/state.pt is damaged" in outcome.err
+    assert "model.start_from" in outcome.err
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+# --- damaged metrics ------------------------------------------------------------------------------------------------------
+def lose_a_line(file):
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:1] + lines[2:]))
+
+
+def double_a_line(file):
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:2] + lines[1:]))
+
+
+@pytest.mark.parametrize("hurt, line", [(flip, 2), (cut, 3), (remove, 1), (lose_a_line, 2), (double_a_line, 3)])
+def test_damaged_metrics_are_mended_from_the_state(run, straight, hurt, line):
+    hurt(run / "metrics.jsonl")
+    outcome = resume(run)
+    assert outcome.status == 0, outcome.err
+    assert f"metrics.jsonl: line {line} is " in outcome.err and "mended" in outcome.err
+    assert (run / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
+
+
+def test_a_damaged_environment_is_named(run):
+    (run / "env.json").write_text("[{")
+    outcome = resume(run, "--epochs", 4)
+    assert outcome.status == 2 and "env.json: damaged" in outcome.err and "Traceback" not in outcome.err
+
+
+# --- leftovers ------------------------------------------------------------------------------------------------------------
+def test_what_a_killed_run_left_half_written_is_swept_up(run):
+    for folder in ("state/.epoch_0003.tmp", "checkpoints/.epoch_0003.tmp"):
+        (run / folder).mkdir()
+        (run / folder / "state.pt").write_bytes(b"half")
+    (run / ".preset.json.tmp").write_text("{")
+    assert len(tiny.leftovers(run)) == 3
+    assert resume(run).status == 0
+    assert tiny.leftovers(run) == []
+
+
+def test_a_run_that_goes_on_elsewhere_is_not_swept(run):
+    owner = RunDir(run)
+    owner.lock()
+    (run / "state/.epoch_0003.tmp").mkdir()
+    outcome = resume(run)
+    assert outcome.status == 2 and "another tdpo process is training in this folder" in outcome.err
+    assert tiny.leftovers(run) == ["state/.epoch_0003.tmp"]
+
+
+# --- a full disk ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("what", ["state", "LoRA", "critic", "model card", "preview", "metrics"])
+def test_a_full_disk_stops_the_run_and_spares_what_was_saved(run, straight, what, monkeypatch):
+    def full(*arguments, **more):
+        raise OSError(28, "No space left on device")
+
+    def torn(row):  # the first bytes fit, the rest does not
+        with open(run / "metrics.jsonl", "a") as file:
+            file.write('{"epoch": 3, "rew')
+        full()
+
+    before = tiny.outcome_of(run)
+    with monkeypatch.context() as patch:
+        if what == "state":
+            patch.setattr(torch, "save", full)
+        elif what == "LoRA":
+            patch.setattr(StableDiffusion, "save", full)
+        elif what == "critic":
+            patch.setattr(record, "save_file", full)
+        elif what == "model card":
+            real = Path.write_text
+            patch.setattr(Path, "write_text", lambda self, *a, **k: full() if self.name == "README.md" else real(self, *a, **k))
+        elif what == "preview":
+            patch.setattr(Image.Image, "save", full)
+            patch.setattr(record, "preview", lambda job, folder, title, file: folder.save_image(file, Image.new("RGB", (8, 8))))
+        else:
+            patch.setattr(run_dir, "_finite", torn)
+        outcome = resume(run, "--epochs", 4)
+    assert outcome.status == 1 and "Traceback" not in outcome.err
+    assert "writing failed: No space left on device. What was saved before is intact." in outcome.err
+    assert tiny.leftovers(run) == []
+    assert not (run / "state/epoch_0003").exists()
+    assert RunDir(run).load_state()[0] == 2
+    # room again: the run goes on as if nothing had happened
+    assert resume(run, "--epochs", 4).status == 0
+    assert tiny.rows(run)[:3] == before[0] and [row["epoch"] for row in tiny.rows(run)] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("limit", [300, 20_000], ids=["a small file is too large", "a large file is too large"])
+def test_the_systems_own_refusal_is_one_message(run, limit):
+    """RLIMIT_FSIZE makes the kernel refuse, so that torch and safetensors meet it in their own compiled code."""
+    sizes = (run / "metrics.jsonl").stat().st_size
+    program = (
+        "import resource, sys\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({sizes + limit}, resource.RLIM_INFINITY))\n"
+        f"sys.argv = ['tdpo', 'train', '--resume', '--out', {str(run)!r}, '--epochs', '4']\n"
+        "from tdpo_cli.cli import main; main()"
+    )
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert process.returncode == 1, process.stderr
+    assert "Traceback" not in process.stderr and "writing failed: " in process.stderr and "What was saved before is intact" in process.stderr
+    assert tiny.leftovers(run) == [] and RunDir(run).load_state()[0] == 2

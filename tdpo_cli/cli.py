@@ -32,6 +32,8 @@ SetOption = Annotated[Optional[list[str]], typer.Option("--set", metavar="SECTIO
 CheckpointOption = Annotated[
     Optional[list[str]], typer.Option("--checkpoint", metavar="REWARD=PATH", help="Where a reward's checkpoint is; may be repeated.")
 ]
+GpusOption = Annotated[Optional[int], typer.Option(min=1, metavar="N", help="One worker on each of N GPUs. The result stays the same.")]
+ProcessesOption = Annotated[Optional[int], typer.Option(min=1, metavar="N", help="N workers on the CPU. The result stays the same.")]
 ZooOption = Annotated[Optional[str], typer.Option("--zoo", metavar="sandbox", help="Take reward checkpoints from the embedded set.")]
 
 
@@ -102,8 +104,8 @@ def train(
     epochs: Annotated[Optional[int], typer.Option(help="Same as --set run.epochs=...")] = None,
     out: Annotated[Optional[Path], typer.Option(help="The run folder [default: a new runs/PRESET-0001, counting up].")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
-    gpus: Annotated[Optional[int], typer.Option(min=1, metavar="N", help="One worker on each of N GPUs. The result stays the same.")] = None,
-    processes: Annotated[Optional[int], typer.Option(min=1, metavar="N", help="N workers on the CPU. The result stays the same.")] = None,
+    gpus: GpusOption = None,
+    processes: ProcessesOption = None,
     machines: Annotated[int, typer.Option(min=1, metavar="M", help="The same command is started on M machines.")] = 1,
     machine_rank: Annotated[Optional[int], typer.Option(min=0, metavar="R", help="Which of them this is; 0 writes the run folder.")] = None,
     main_address: Annotated[Optional[str], typer.Option(metavar="HOST:PORT", help="Where machine 0 can be reached.")] = None,
@@ -247,13 +249,26 @@ def sample(
     lora_scale: Annotated[float, typer.Option(help="Strength of the LoRA; 0 is the base model.")] = 1.0,
     device: Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, ... [default: a GPU where there is one]")] = None,
     dtype: Annotated[Optional[str], typer.Option(metavar="fp32|fp16|bf16", help="[default: the preset's]")] = None,
+    gpus: GpusOption = None,
+    processes: ProcessesOption = None,
     json_: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
     """Sample images from a checkpoint."""
     from tdpo_cli import prompts as prompt_sources
 
+    workers = launch.plan(gpus, processes, 1, None, None)
+    if workers.world_size > 1 and "-" in prompts:
+        raise RequestError("prompts from standard input reach one process only: give a text file with --gpus or --processes.")
     wanted = prompt_sources.from_arguments(prompts)
+    if launch.is_worker():
+        launch.check_world(workers)
+    elif workers.world_size > 1:
+        from tdpo_cli.run_dir import next_free
+
+        launch.check(workers, len(wanted) * per_prompt)
+        out = out or next_free(Path("samples"), Path(checkpoint).name or "base")
+        raise typer.Exit(launch.run(workers, [*sys.argv[1:], "--out", str(out)]))
     _prepare_libraries()
     from tdpo_cli import sample as sampling
 
@@ -263,9 +278,10 @@ def sample(
     }  # fmt: skip
     overrides += [(key, value) for key, value in given.items() if value is not None]
     report = sampling.run(
-        checkpoint, wanted, preset, overrides, epoch, out, per_prompt, seed, batch_size, eta, lora_scale, device, Console(quiet or json_)
-    )
-    if json_:
+        checkpoint, wanted, preset, overrides, epoch, out, per_prompt, seed, batch_size, eta, lora_scale,
+        device or ("cuda" if gpus else "cpu" if processes else None), Console(quiet or json_, silent=not launch.is_main()),
+    )  # fmt: skip
+    if json_ and launch.is_main():
         print(json.dumps(report))
 
 

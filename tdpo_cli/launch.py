@@ -63,7 +63,7 @@ def plan(gpus: int | None, processes: int | None, machines: int, machine_rank: i
 def check(plan: Plan, samples: int) -> None:
     """Whether every worker will have a device and something to do. Raises RequestError."""
     if plan.world_size > samples:
-        raise RequestError(f"{plan.world_size} workers for rollout.samples_per_epoch {samples}: each needs at least one sample.")
+        raise RequestError(f"{plan.world_size} workers for {samples} samples: each needs at least one.")
     if plan.device == "cuda":
         import torch
 

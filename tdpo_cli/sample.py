@@ -37,15 +37,15 @@ def run(
     device: str | None,
     console: Console,
 ) -> dict[str, Any]:
-    """Write `per_prompt` images of every prompt into `out`. -> a summary for --json. Raises RequestError."""
+    """Write `per_prompt` images of every prompt into `out`, each process its share. -> a summary for --json. Raises RequestError."""
     source = checkpoints.find(checkpoint, preset, overrides, epoch)
     settings = source.preset.rollout
     out = out or next_free(Path("samples"), source.name)
     if (out / "metadata.jsonl").exists():
         raise RequestError(f"{out} already holds samples; choose another --out.")
-    place = world.device(device)
+    team = world.current(str(world.device(device)))
     policy = models.load(
-        source.preset.model, device=place, trainable=False, negative_prompt=settings.negative_prompt, lora_scale=lora_scale
+        source.preset.model, device=team.device, trainable=False, negative_prompt=settings.negative_prompt, lora_scale=lora_scale
     )
     policy.set_schedule(settings.steps, settings.eta if eta is None else eta)
     too_long = policy.longer_than_limit(wanted)
@@ -53,37 +53,40 @@ def run(
         console.warn(f"{len(too_long)} prompts are longer than the text encoder reads; their ends are cut off, as of {too_long[0][:60]!r}...")
 
     texts = [prompt for prompt in wanted for _ in range(per_prompt)]
-    free = torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else None
+    digits = max(4, len(str(len(texts) - 1)))
+    names = [f"{number:0{digits}d}-{_slug(text)}.png" for number, text in enumerate(texts)]
+    free = torch.cuda.mem_get_info(team.device)[0] if team.device.type == "cuda" else None
     batch_size = batch_size or memory.micro_batch(source.preset, free)
+    mine = team.mine(len(texts))
     try:
         out.mkdir(parents=True, exist_ok=True)
-        images = _write(policy, texts, per_prompt, seed, settings.guidance_scale, settings.steps, batch_size, out, console)
+        with console.progress("sampling", len(mine) * settings.steps) as advance:
+            own = [texts[i] for i in mine]
+            batches = generate(policy, own, mine, Randomness(seed, "sample"), settings.guidance_scale, batch_size, advance)
+            for number, image in zip(mine, (image for batch in batches for image in batch), strict=True):
+                grid.to_pil(image).save(out / names[number])
+        team.close()
+        if team.is_main:
+            _write_list(out, names, texts, seed, per_prompt)
+            _write_grid(out, names, texts, per_prompt, title=f"{source.name}, seed {seed}")
     except OSError as error:
         raise RequestError(f"{out}: cannot be written: {error.strerror or error}") from None
-    columns = per_prompt if 1 < per_prompt <= GRID_COLUMNS else min(len(images), GRID_COLUMNS)
-    grid.draw(images, texts[: len(images)], columns, title=f"{source.name}, seed {seed}").save(out / "grid.png")
-    console.say(f"{len(texts)} images of {len(wanted)} prompts in {out} (grid.png shows {len(images)})")
+    console.say(f"{len(texts)} images of {len(wanted)} prompts in {out} (grid.png shows {min(len(texts), GRID_IMAGES)})")
     return {"out": str(out), "images": len(texts), "grid": str(out / "grid.png"), "source": source.name}
 
 
-def _write(
-    policy: models.Policy, texts: Sequence[str], per_prompt: int, seed: int, guidance: float, steps: int,
-    batch_size: int, out: Path, console: Console,
-) -> list[Image.Image]:  # fmt: skip
-    """Images as they come, each with its line of metadata.jsonl. -> those for the grid"""
-    first: list[Image.Image] = []
-    digits = max(4, len(str(len(texts) - 1)))
-    with open(out / "metadata.jsonl", "w", encoding="utf-8") as metadata, console.progress("sampling", len(texts) * steps) as advance:
-        batches = generate(policy, texts, range(len(texts)), Randomness(seed, "sample"), guidance, batch_size, advance)
-        for number, tensor in enumerate(image for batch in batches for image in batch):
-            image, text = grid.to_pil(tensor), texts[number]
-            name = f"{number:0{digits}d}-{_slug(text)}.png"
-            image.save(out / name)
+def _write_list(out: Path, names: Sequence[str], texts: Sequence[str], seed: int, per_prompt: int) -> None:
+    """metadata.jsonl, the imagefolder convention; written last, so that it names only images that are there."""
+    with open(out / "metadata.jsonl", "w", encoding="utf-8") as metadata:
+        for number, (name, text) in enumerate(zip(names, texts, strict=True)):
             line = {"file_name": name, "text": text, "seed": seed, "sample": number, "image_of_prompt": number % per_prompt}
             metadata.write(json.dumps(line, ensure_ascii=False) + "\n")
-            if number < GRID_IMAGES:
-                first.append(image)
-    return first
+
+
+def _write_grid(out: Path, names: Sequence[str], texts: Sequence[str], per_prompt: int, title: str) -> None:
+    images = [Image.open(out / name) for name in names[:GRID_IMAGES]]
+    columns = per_prompt if 1 < per_prompt <= GRID_COLUMNS else min(len(images), GRID_COLUMNS)
+    grid.draw(images, texts[: len(images)], columns, title=title).save(out / "grid.png")
 
 
 def _slug(prompt: str) -> str:

@@ -178,7 +178,7 @@ def test_workers_end_with_a_launcher_that_was_killed(launcher, tmp_path):
     "flags, message",
     [
         (("--gpus", 40), r"--gpus 40: this machine has \d+ CUDA devices\."),
-        (("--processes", 64), r"64 workers for rollout\.samples_per_epoch 48: each needs at least one sample\."),
+        (("--processes", 64), r"64 workers for 48 samples: each needs at least one\."),
         (("--processes", 2, "--gpus", 2), r"--gpus and --processes exclude each other.*"),
         (("--machines", 2, "--gpus", 8), r"--machines 2 needs --machine-rank, --main-address HOST:PORT, and --gpus N.*"),
         (("--machines", 2, "--processes", 2, "--machine-rank", 2, "--main-address", "a"), r"--machine-rank 2: with --machines 2 it is one of 0 to 1\."),

@@ -77,7 +77,7 @@ OPTIONS = {
     "train": "--preset --set --algorithm --seed --epochs --out --resume --gpus --processes --machines --machine-rank --main-address "
     "--checkpoint --zoo --dry-run --json --quiet",
     "sample": "--preset --epoch --out --per-prompt --seed --batch-size --steps --guidance-scale --eta --negative-prompt --lora-scale "
-    "--device --dtype --json --quiet",
+    "--device --dtype --gpus --processes --json --quiet",
     "presets": "--json",
 }
 

@@ -1,0 +1,29 @@
+"""Samples do not depend on how many processes made them."""
+
+import os
+import subprocess
+import sys
+
+from helpers import tdpo
+
+PROMPTS = ("a red circle on a blue background", "a cyan ring on a black background")
+
+
+def test_two_processes_write_the_samples_of_one(tmp_path):
+    settings = ("--steps", "3", "--per-prompt", "3", "--seed", "5")
+    alone = tdpo("sample", "base", *PROMPTS, *settings, "--out", str(tmp_path / "one"))
+    assert alone.status == 0
+    command = [sys.executable, "-m", "tdpo_cli", "sample", "base", *PROMPTS, *settings, "--out", str(tmp_path / "two"), "--processes", "2"]
+    together = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert together.returncode == 0, together.stderr
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "two").iterdir())
+    assert len(files) == 8  # six images, their list, the grid
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
+def test_standard_input_is_refused_with_several_processes():
+    refused = tdpo("sample", "base", "-", "--processes", "2")
+    assert refused.status == 2
+    assert "standard input" in refused.err

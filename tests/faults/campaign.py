@@ -23,8 +23,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from tdpo_cli import cli  # noqa: E402
+from tdpo_cli.cli import options  # noqa: E402
 
-cli._prepare_libraries()  # before torch is there
+options.prepare_libraries()  # before torch is there
 
 import diffusers  # noqa: E402, F401
 import tiny  # noqa: E402

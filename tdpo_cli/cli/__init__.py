@@ -1,0 +1,85 @@
+"""The command line: thin commands, one file each, heavy imports inside them; here the app and its exit statuses."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import traceback
+from typing import Annotated, Any
+
+import typer
+
+from tdpo_cli import __version__, launch
+from tdpo_cli.cli import doctor, presets, sample, score, train
+from tdpo_cli.errors import RequestError, WorkError
+
+app = typer.Typer(
+    name="tdpo",
+    help="Fine-tune text-to-image diffusion models against reward models with TDPO and TDPO-R, and see when the reward is being over-optimised.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+COMMANDS = {
+    "train": train.train, "sample": sample.sample, "score": score.score, "doctor": doctor.doctor, "presets": presets.list_or_show,
+}  # fmt: skip
+for _name, _command in COMMANDS.items():
+    app.command(_name)(_command)
+
+
+def main() -> None:
+    """Run the command line with the exit status of the contract: 0 done, 1 the work failed, 2 the request was wrong."""
+    signal.signal(signal.SIGTERM, _terminated)
+    launch.end_with_launcher()
+    try:
+        status = app(standalone_mode=False)
+        code = status if isinstance(status, int) else 0
+        if code in (130, 143):  # the parser's own answer to Ctrl-C; workers that were stopped
+            _stopped(code)
+    except KeyboardInterrupt:
+        code = _stopped(130)
+    except _Terminated:
+        code = _stopped(143)
+    except RequestError as error:
+        code = _failed(error, 2)
+    except WorkError as error:
+        code = _failed(error, 1)
+    except Exception as error:  # noqa: BLE001 - what typer's own parser raises has a message and an exit status
+        if not hasattr(error, "format_message"):
+            if launch.last_words(error, traceback.format_exc()):
+                raise SystemExit(1) from None
+            raise
+        code = _failed(error.format_message(), getattr(error, "exit_code", 2))
+    sys.stdout.flush()
+    raise SystemExit(code)
+
+
+class _Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+def _terminated(signum: int, frame: Any) -> None:
+    raise _Terminated
+
+
+def _stopped(code: int) -> int:
+    if launch.last_words(None, "stopped."):
+        return code  # the launcher says it once
+    training = "train" in sys.argv[1:2]
+    how = "Finished epochs are on disk; continue with tdpo train --resume --out RUN." if training else "What was finished is on disk."
+    print(f"\ntdpo: stopped. {how}", file=sys.stderr)
+    return code
+
+
+def _failed(message: object, code: int) -> int:
+    if not launch.last_words(message if isinstance(message, BaseException) else None, str(message)):
+        print(f"tdpo: {message}", file=sys.stderr)
+    return code
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(f"tdpo {__version__}")
+        raise typer.Exit

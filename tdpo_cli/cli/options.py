@@ -1,0 +1,57 @@
+"""Options that several commands share, and what they mean."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any, Optional
+
+import typer
+
+from tdpo_cli import preset as presets
+from tdpo_cli.errors import RequestError
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.")]
+SetOption = Annotated[Optional[list[str]], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one setting; may be repeated.")]
+CheckpointOption = Annotated[
+    Optional[list[str]], typer.Option("--checkpoint", metavar="REWARD=PATH", help="Where a reward's checkpoint is; may be repeated.")
+]
+GpusOption = Annotated[Optional[int], typer.Option(min=1, metavar="N", help="One worker on each of N GPUs. The result stays the same.")]
+ProcessesOption = Annotated[Optional[int], typer.Option(min=1, metavar="N", help="N workers on the CPU. The result stays the same.")]
+ZooOption = Annotated[Optional[str], typer.Option("--zoo", metavar="sandbox", help="Take reward checkpoints from the embedded set.")]
+
+
+def overrides(set_: list[str] | None, checkpoint: list[str] | None, zoo: str | None) -> list[tuple[str, Any]]:
+    """What --set, --checkpoint and --zoo say, as ("section.key", value). Raises RequestError."""
+    overrides = [presets.parse_override(text) for text in set_ or []]
+    overrides += [(f"reward.checkpoints.{name}", path) for name, path in checkpoints(checkpoint).items()]
+    if zoo is not None:
+        overrides.append(("reward.zoo", zoo))
+    return overrides
+
+
+def checkpoints(given: list[str] | None) -> dict[str, str]:
+    """REWARD=PATH, each -> reward name -> path. Raises RequestError."""
+    paths = {}
+    for text in given or []:
+        name, equals, path = text.partition("=")
+        if not equals or not path:
+            raise RequestError(f"--checkpoint {text}: expected REWARD=PATH.")
+        paths[name] = path
+    return paths
+
+
+def prepare_libraries() -> None:
+    """Before torch and its friends are imported: waiting threads sleep, and only errors reach the screen."""
+    # threads that spin while they wait make tiny models 30x slower on a busy machine; must be set before torch is loaded
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import logging
+    import warnings
+
+    for library in ("transformers", "diffusers", "bitsandbytes", "peft"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")

@@ -1,0 +1,69 @@
+"""`tdpo sample`: images from a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from tdpo_cli import launch
+from tdpo_cli import preset as presets
+from tdpo_cli.cli import options
+from tdpo_cli.console import Console
+from tdpo_cli.errors import RequestError
+
+
+def sample(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder, a run folder, LoRA weights, `base`, a diffusers folder or hub id.")],
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPTS...", help="Strings, a text file with one prompt a line, or - for standard input.")],
+    preset: Annotated[Optional[str], typer.Option(metavar="NAME|FILE.toml", help="Base model and sampling settings [default: the run's own].")] = None,
+    set_: options.SetOption = None,
+    epoch: Annotated[Optional[int], typer.Option(help="Of a run folder: which checkpoint [default: the last].")] = None,
+    out: Annotated[Optional[Path], typer.Option(help="Folder for the images [default: a new samples/NAME-0001].")] = None,
+    per_prompt: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same images, whatever the batch size.")] = 0,
+    batch_size: Annotated[Optional[int], typer.Option(min=1, help="Images per network call [default: from memory].")] = None,
+    steps: Annotated[Optional[int], typer.Option(min=1, max=1000, help="Denoising steps [default: the preset's].")] = None,
+    guidance_scale: Annotated[Optional[float], typer.Option(min=0, help="[default: the preset's]")] = None,
+    eta: Annotated[Optional[float], typer.Option(min=0, max=1, help="DDIM noise, 0 is deterministic [default: the preset's].")] = None,
+    negative_prompt: Annotated[Optional[str], typer.Option(help="[default: the preset's]")] = None,
+    lora_scale: Annotated[float, typer.Option(help="Strength of the LoRA; 0 is the base model.")] = 1.0,
+    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, ... [default: a GPU where there is one]")] = None,
+    dtype: Annotated[Optional[str], typer.Option(metavar="fp32|fp16|bf16", help="[default: the preset's]")] = None,
+    gpus: options.GpusOption = None,
+    processes: options.ProcessesOption = None,
+    json_: options.JsonFlag = False,
+    quiet: options.QuietFlag = False,
+) -> None:
+    """Sample images from a checkpoint."""
+    from tdpo_cli import prompts as prompt_sources
+
+    workers = launch.plan(gpus, processes, 1, None, None)
+    if workers.world_size > 1 and "-" in prompts:
+        raise RequestError("prompts from standard input reach one process only: give a text file with --gpus or --processes.")
+    wanted = prompt_sources.from_arguments(prompts)
+    if launch.is_worker():
+        launch.check_world(workers)
+    elif workers.world_size > 1:
+        from tdpo_cli.run_dir import next_free
+
+        launch.check(workers, len(wanted) * per_prompt)
+        out = out or next_free(Path("samples"), Path(checkpoint).name or "base")
+        raise typer.Exit(launch.run(workers, [*sys.argv[1:], "--out", str(out)]))
+    options.prepare_libraries()
+    from tdpo_cli import sample as sampling
+
+    overrides = [presets.parse_override(text) for text in set_ or []]
+    given = {
+        "rollout.steps": steps, "rollout.guidance_scale": guidance_scale, "rollout.negative_prompt": negative_prompt, "model.dtype": dtype,
+    }  # fmt: skip
+    overrides += [(key, value) for key, value in given.items() if value is not None]
+    report = sampling.run(
+        checkpoint, wanted, preset, overrides, epoch, out, per_prompt, seed, batch_size, eta, lora_scale,
+        device or ("cuda" if gpus else "cpu" if processes else None), Console(quiet or json_, silent=not launch.is_main()),
+    )  # fmt: skip
+    if json_ and launch.is_main():
+        print(json.dumps(report))

@@ -1,0 +1,131 @@
+"""`tdpo train`: resolve the preset, start the workers or be one, train; or only say what would happen."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from tdpo_cli import launch
+from tdpo_cli import preset as presets
+from tdpo_cli.cli import options
+from tdpo_cli.console import Console, size
+from tdpo_cli.errors import RequestError
+
+
+def train(
+    preset: Annotated[Optional[str], typer.Option(metavar="NAME|FILE.toml", help="What to run [default: quickstart].")] = None,
+    set_: options.SetOption = None,
+    algorithm: Annotated[Optional[str], typer.Option(metavar="ddpo|tdpo|tdpo-r", help="Same as --set algorithm.name=...")] = None,
+    seed: Annotated[Optional[int], typer.Option(help="Same as --set run.seed=...")] = None,
+    epochs: Annotated[Optional[int], typer.Option(help="Same as --set run.epochs=...")] = None,
+    out: Annotated[Optional[Path], typer.Option(help="The run folder [default: a new runs/PRESET-0001, counting up].")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    gpus: options.GpusOption = None,
+    processes: options.ProcessesOption = None,
+    machines: Annotated[int, typer.Option(min=1, metavar="M", help="The same command is started on M machines.")] = 1,
+    machine_rank: Annotated[Optional[int], typer.Option(min=0, metavar="R", help="Which of them this is; 0 writes the run folder.")] = None,
+    main_address: Annotated[Optional[str], typer.Option(metavar="HOST:PORT", help="Where machine 0 can be reached.")] = None,
+    checkpoint: options.CheckpointOption = None,
+    zoo: options.ZooOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen; write nothing.")] = False,
+    json_: options.JsonFlag = False,
+    quiet: options.QuietFlag = False,
+) -> None:
+    """Train a policy as a preset says."""
+    overrides = options.overrides(set_, checkpoint, zoo)
+    overrides += [(key, value) for key, value in (("algorithm.name", algorithm), ("run.seed", seed), ("run.epochs", epochs)) if value is not None]
+    if resume:
+        resolved, out = _resumed(out, preset, overrides), Path(out or ".")
+    else:
+        resolved = presets.load(preset or "quickstart", overrides)
+    if dry_run:
+        return _dry_run(resolved, json_)
+    workers = launch.plan(gpus, processes, machines, machine_rank, main_address)
+    if machines > 1 and out is None:
+        raise RequestError("--machines needs --out RUN, the same on every machine.")
+    if out is None:
+        from tdpo_cli.run_dir import next_free
+
+        out = next_free(Path("runs"), Path(preset or "quickstart").stem)
+    if launch.is_worker():
+        if gpus or processes:
+            launch.check_world(workers)
+    else:
+        launch.check(workers, resolved.rollout.samples_per_epoch)
+        if workers.world_size > 1:
+            raise typer.Exit(launch.run(workers, [*sys.argv[1:], "--out", str(out)]))
+    console = Console(quiet or json_, silent=not launch.is_main())
+    with console.working("loading libraries"):
+        options.prepare_libraries()
+        from tdpo_cli import train as training
+
+    report = training.run(resolved, out, resume, console, "cuda" if gpus else "cpu" if processes else None)
+    if json_ and launch.is_main():
+        print(json.dumps(report))
+
+
+RESUMABLE = ("run.epochs", "run.save_every", "run.keep_last")  # what may change when a run goes on
+
+
+def _resumed(out: Path | None, preset: str | None, overrides: list[tuple[str, Any]]) -> presets.Preset:
+    """The recorded preset with what was given explicitly; only RESUMABLE keys may differ. Raises RequestError."""
+    from tdpo_cli.run_dir import RunDir
+
+    if out is None:
+        raise RequestError("--resume needs --out RUN: the folder of the run to continue.")
+    recorded = RunDir(out).read_preset()
+    wanted = presets.load(preset, overrides) if preset else presets.override(recorded, overrides)
+    differences = [
+        f"  {key}: the run has {json.dumps(old)}, asked for {json.dumps(new)}"
+        for key, old, new in presets.differences(recorded, wanted)
+        if key not in RESUMABLE
+    ]
+    if differences:
+        raise RequestError(f"{out}: a resumed run keeps its preset (only {', '.join(RESUMABLE)} may change):\n" + "\n".join(differences))
+    return wanted
+
+
+def _dry_run(preset: presets.Preset, as_json: bool) -> None:
+    from tdpo_cli import memory
+
+    shares = {
+        count: {
+            "samples": -(-preset.rollout.samples_per_epoch // count),
+            "samples_per_optimizer_step": -(-preset.update.batch_size // count),
+            "peak_memory_bytes": memory.estimate(preset, count),
+        }
+        for count in (1, 8)
+    }
+    facts = {
+        "preset": preset.as_dict(),
+        "samples_per_epoch": preset.rollout.samples_per_epoch,
+        "effective_batch": preset.update.batch_size,
+        "updates_per_epoch": preset.updates_per_epoch,
+        "reward_queries": preset.reward_queries,
+        "peak_memory_bytes": memory.estimate(preset),
+        "per_device": shares,
+    }
+    if as_json:
+        return print(json.dumps(facts))
+    share = "{samples} samples an epoch, {samples_per_optimizer_step} of each optimizer step, about {memory} of memory"
+    shown = {count: share.format(**numbers, memory=size(numbers["peak_memory_bytes"])) for count, numbers in shares.items()}
+    Console().pairs(
+        [
+            ("model", preset.model.base),
+            ("algorithm", preset.algorithm.name),
+            ("rewards", f"{preset.reward.train} trains; watching {', '.join(preset.reward.watch) or 'none'}"),
+            ("prompts", f"{preset.rollout.prompts}; held out: {preset.rollout.eval_prompts or 'none'}"),
+            ("samples per epoch", str(preset.rollout.samples_per_epoch)),
+            ("effective batch", str(preset.update.batch_size)),
+            ("optimizer steps", f"{preset.updates_per_epoch} per epoch, {preset.updates_per_epoch * preset.run.epochs:,} in all"),
+            ("reward queries", f"{preset.reward_queries:,}"),
+            ("on 1 device", shown[1]),
+            ("on each of 8", shown[8]),
+            ("memory", "an estimate, at micro-batch 4; the micro-batch is chosen from free memory and never changes the result"),
+        ],
+        title="dry run: nothing is written",
+    )

@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 COLUMNS = (
     "reward_queries", "updates", "mean_kl", "approx_kl", "policy_clip_fraction", "policy_grad_norm", "critic_loss", "critic_explained_variance",
-    "dormant_fraction", "reset", "seconds/total",
+    "agreement", "dormant_fraction", "reset", "seconds/total",
 )  # fmt: skip
 
 

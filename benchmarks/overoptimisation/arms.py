@@ -9,7 +9,8 @@ EPOCHS = 60
 SEEDS = (1, 2, 3, 4, 5)
 PILOT_EPOCHS = 30
 PILOT_SEED = 101  # used for nothing else
-GRID = (7.5e-4, 1.5e-3, 3e-3)  # learning rates that every method tries once
+GRID = (7.5e-4, 1.5e-3, 3e-3, 6e-3)  # learning rates that every method tries once
+HEALTHY = 1e-2  # approx_kl of an epoch above which a policy is breaking, not learning
 
 METHODS: dict[str, dict[str, Any]] = {
     "ddpo": {"algorithm.name": "ddpo"},  # as many optimizer steps as TDPO
@@ -54,6 +55,10 @@ def overrides(arm: str) -> dict[str, Any]:
     return METHODS[method] | changes
 
 
-def best_rate(final: Mapping[float, float]) -> float:
-    """learning rate -> the pilot's mean trained reward over its last fifth; the rule: the highest wins, gold is not looked at."""
-    return max(final, key=lambda rate: final[rate])
+def best_rate(proxy: Mapping[float, float], worst_kl: Mapping[float, float]) -> float:
+    """The rule, the same for every method: of the rates whose approx_kl stayed HEALTHY, the one with the highest trained reward.
+
+    proxy: learning rate -> the pilot's mean trained reward over its last fifth; worst_kl: -> its largest approx_kl. Gold is not read.
+    """
+    healthy = [rate for rate in proxy if worst_kl[rate] <= HEALTHY]
+    return max(healthy, key=lambda rate: proxy[rate])

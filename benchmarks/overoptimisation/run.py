@@ -54,12 +54,14 @@ def pilot() -> list[Task]:
 
 def rates() -> dict[str, float]:
     """Method -> learning rate, from the pilot's result files."""
-    final: dict[str, dict[float, float]] = {}
+    proxy: dict[str, dict[float, float]] = {arm: {} for arm in arms.METHODS}
+    worst_kl: dict[str, dict[float, float]] = {arm: {} for arm in arms.METHODS}
     for task in pilot():
-        rewards = json.loads(task.result.read_text())["columns"]["rewards/aesthetic/mean"]
-        last = rewards[-max(1, len(rewards) // 5) :]
-        final.setdefault(task.arm, {})[task.rate] = sum(last) / len(last)
-    return {arm: arms.best_rate(means) for arm, means in final.items()}
+        columns = json.loads(task.result.read_text())["columns"]
+        last = columns["rewards/aesthetic/mean"][-(task.epochs // 5) :]
+        proxy[task.arm][task.rate] = sum(last) / len(last)
+        worst_kl[task.arm][task.rate] = max(columns["approx_kl"])
+    return {arm: arms.best_rate(proxy[arm], worst_kl[arm]) for arm in arms.METHODS}
 
 
 def study(rates: dict[str, float]) -> Iterator[Task]:

@@ -111,7 +111,11 @@ class Run:
     seed: int = knob(42, "of every random draw", at_least=0)
     save_every: int = knob(1, "epochs between checkpoints", at_least=1)
     keep_last: int | None = knob(None, "checkpoints kept; default all", at_least=1)
+    stop_on_overoptimisation: int | None = knob(
+        None, "stop once the verdict was `over-optimising` this many epochs in a row, keeping the best checkpoint; default never", at_least=1
+    )
     preview_images: int = knob(4, "images of fixed prompts and noise per epoch", at_least=0)
+    trackers: tuple[str, ...] = knob((), "where every epoch is also sent: tensorboard, wandb (extras of the same names)")
     micro_batch: int | None = knob(None, "samples per network call on one device; default from memory; never changes the result", at_least=1)
     max_bad_steps: int = knob(10, "optimizer steps with a non-finite loss or gradient before the run stops", at_least=1)
 
@@ -161,6 +165,7 @@ class Preset:
         return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
 
 
+TRACKERS = ("tensorboard", "wandb")
 SECTIONS: dict[str, type] = {
     "model": Model, "rollout": Rollout, "reward": Reward, "algorithm": Algorithm, "update": Update, "run": Run,
 }  # fmt: skip
@@ -302,6 +307,9 @@ def check(preset: Preset, where: str) -> Preset:
             f"{where}: algorithm.update_mode all-timesteps is DDPO's; {preset.algorithm.name} takes one optimizer step per timestep "
             "slot. Use algorithm.name=ddpo or update_mode=per-timestep."
         )
+    for tracker in preset.run.trackers:
+        if tracker not in TRACKERS:
+            raise SettingError(f"{where}: run.trackers: unknown tracker {tracker!r}.{suggest(tracker, TRACKERS)} Known: {', '.join(TRACKERS)}.")
     if preset.reward.min_count > preset.reward.buffer_size:
         raise SettingError(
             f"{where}: reward.min_count {preset.reward.min_count} is never reached with reward.buffer_size {preset.reward.buffer_size}."

@@ -58,21 +58,24 @@ def row(
     return columns
 
 
-def save(job: Job, folder: RunDir, epoch: int, row: dict[str, Any]) -> None:
+def save(job: Job, folder: RunDir, epoch: int, row: dict[str, Any], last: bool) -> None:
     """The order matters: a state on disk means that its metrics row and its checkpoint are there too."""
     run, digest = job.preset.run, job.preset.digest()
     preview(job, folder, f"epoch {epoch}", f"{epoch_name(epoch)}.png")
     folder.log(row)
-    if (epoch + 1) % run.save_every == 0 or epoch + 1 == run.epochs:
-        folder.save_checkpoint(epoch, lambda path: _write_checkpoint(job, path, epoch, row), digest, run.keep_last)
+    if (epoch + 1) % run.save_every == 0 or last:
+        spare = None
+        if run.stop_on_overoptimisation is not None:
+            spare = verdict.best(folder.read_metrics(), job.preset, [*folder.saved_epochs(), epoch])
+        folder.save_checkpoint(epoch, lambda path: _write_checkpoint(job, path, folder.read_metrics()), digest, run.keep_last, spare)
     folder.save_state(epoch, job.state_dict(), digest)
 
 
-def _write_checkpoint(job: Job, path: Path, epoch: int, row: dict[str, Any]) -> None:
+def _write_checkpoint(job: Job, path: Path, rows: Sequence[dict[str, Any]]) -> None:
     job.policy.save(path)
     if job.critic is not None:
         save_file({name: tensor.cpu().contiguous() for name, tensor in job.critic.state_dict().items()}, path / "critic.safetensors")
-    (path / "README.md").write_text(model_card(job.preset, epoch, row), encoding="utf-8")
+    (path / "README.md").write_text(model_card(job.preset, rows, job.prompts), encoding="utf-8")
 
 
 def preview(job: Job, folder: RunDir, title: str, file: str) -> None:
@@ -166,6 +169,13 @@ def epoch_line(row: dict[str, Any], first: dict[str, Any], preset: Preset) -> st
     return "  ".join([*parts, f"{row['seconds/total']:.1f} s"])
 
 
+def verdict_line(rows: Sequence[dict[str, Any]], preset: Preset) -> str | None:
+    """The verdict's sentence after the epoch that changed it; None while it stays what it was, or before there is one."""
+    now, before = verdict.read(rows, preset), verdict.read(rows[:-1], preset)
+    said = now.kind != before.kind and now.kind not in ("too early", "unwatched", "unclear")
+    return f"verdict: {now.sentence}" if said else None
+
+
 def _shown(score: float | None) -> str:
     return "-" if score is None else f"{score:.3f}"
 
@@ -179,24 +189,33 @@ def summary(preset: Preset, folder: RunDir, seconds: float) -> dict[str, Any]:
         name: {"first": rows[0][f"rewards/{name}/mean"], "last": rows[-1][f"rewards/{name}/mean"], "rise": verdict.rise(rows, name)}
         for name in preset.rewards
     }
+    finding = verdict.read(rows, preset)
+    best = verdict.best(rows, preset, folder.saved_epochs())
     return {
         "run": str(folder.path), "epochs": len(rows), "rewards": rewards, "trained": preset.reward.train,
-        "checkpoint": str(folder.checkpoint()), "seconds": seconds, "peak_memory_bytes": rows[-1]["peak_memory_bytes"],
+        "verdict": {"kind": finding.kind, "sentence": finding.sentence, "since": finding.since},
+        "stopped": len(rows) < preset.run.epochs and verdict.should_stop(rows, preset),
+        "checkpoint": str(folder.checkpoint()), "best_checkpoint": None if best is None else str(folder.checkpoint(best)),
+        "seconds": seconds, "peak_memory_bytes": rows[-1]["peak_memory_bytes"],
     }  # fmt: skip
 
 
 def closing(report: dict[str, Any], preset: Preset, console: Console) -> None:
     run = report["run"]
     console.say()
-    console.say(f"done: {report['epochs']} epochs in {duration(report['seconds'])}", style="bold")
+    how = f"stopped after {report['epochs']} of {preset.run.epochs}" if report["stopped"] else f"done: {report['epochs']}"
+    console.say(f"{how} epochs in {duration(report['seconds'])}", style="bold")
     for name, reward in report["rewards"].items():
         role = "trained" if name == report["trained"] else "watched"
         rise = "-" if reward["rise"] is None else f"{reward['rise']:+.2f} sd"
         console.say(f"  {name:<14} {role}  {_shown(reward['first'])} -> {_shown(reward['last'])}  ({rise}, last fifth against first fifth)")
     console.say()
-    console.pairs(
-        [("checkpoint", report["checkpoint"]), ("previews", f"{run}/images"), ("numbers", f"{run}/metrics.jsonl")], title="where things are"
-    )
+    console.say(f"verdict: {report['verdict']['sentence']}", style="bold")
+    console.say()
+    places = [("checkpoint", report["checkpoint"]), ("previews", f"{run}/images"), ("numbers", f"{run}/metrics.jsonl")]
+    if report["best_checkpoint"] not in (None, report["checkpoint"]):
+        places.insert(1, ("best by the watched rewards", report["best_checkpoint"]))
+    console.pairs(places, title="where things are")
     prompt = prompts.load(preset.rollout.prompts)[0]
     console.say()
     console.say("what to try next", style="bold")

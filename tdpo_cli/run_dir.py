@@ -158,13 +158,15 @@ class RunDir:
                 shutil.copyfile(self.path / "metrics.jsonl", folder / "metrics.jsonl")
         _prune(self.path / "state", STATES_KEPT)
 
-    def save_checkpoint(self, epoch: int, write: Callable[[Path], None], digest: str, keep_last: int | None) -> Path:
-        """`write(folder)` puts weights and model card there; a manifest with hashes is added."""
+    def save_checkpoint(
+        self, epoch: int, write: Callable[[Path], None], digest: str, keep_last: int | None, spare: int | None = None
+    ) -> Path:
+        """`write(folder)` puts weights and model card there; a manifest with hashes is added. Epoch `spare` is kept besides."""
         target = self.path / "checkpoints" / epoch_name(epoch)
         with self._folder(target, epoch, digest) as folder:
             write(folder)
         if keep_last is not None:
-            _prune(self.path / "checkpoints", keep_last)
+            _prune(self.path / "checkpoints", keep_last, spare)
         return target
 
     def load_state(self, warn: Callable[[str], None] = lambda text: None) -> tuple[int, dict[str, Any]] | None:
@@ -213,6 +215,10 @@ class RunDir:
             _sync(target.parent)
 
     # --- reading checkpoints --------------------------------------------------------------------------------------------
+    def saved_epochs(self) -> list[int]:
+        """The epochs whose checkpoints are there, in order."""
+        return [int(folder.name.removeprefix("epoch_")) for folder in epochs_in(self.path / "checkpoints")]
+
     def checkpoint(self, epoch: int | None = None) -> Path:
         """The folder of that epoch, or of the last one. Raises RequestError."""
         folders = epochs_in(self.path / "checkpoints")
@@ -265,6 +271,17 @@ def damage(folder: Path) -> str | None:
     return None
 
 
+def rewrite(folder: Path, name: str, text: str) -> None:
+    """Replace a text file of a state or checkpoint folder, then its hash in the manifest, each whole or not at all. Raises WorkError.
+
+    Stopped in between, that one file counts as damaged, until it is replaced once more.
+    """
+    manifest = json.loads((folder / "manifest.json").read_text())
+    _write(folder / name, text)
+    manifest["files"][name] = hash_file(folder / name)
+    _write(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+
+
 def hash_file(path: Path) -> str:
     """SHA-256, in hex."""
     digest = hashlib.sha256()
@@ -274,9 +291,10 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _prune(folder: Path, keep: int) -> None:
+def _prune(folder: Path, keep: int, spare: int | None = None) -> None:
     for old in _numbered(folder)[:-keep]:
-        shutil.rmtree(old)
+        if spare is None or old.name != epoch_name(spare):
+            shutil.rmtree(old)
 
 
 def _write(path: Path, text: str) -> None:

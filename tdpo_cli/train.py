@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdpo_cli import __version__, algorithms, memory, record, scoring, stopping
+from tdpo_cli import __version__, algorithms, memory, record, scoring, stopping, trackers, verdict
 from tdpo_cli.console import Console
 from tdpo_cli.errors import RequestError, WorkError
 from tdpo_cli.job import Job, build
@@ -37,10 +37,13 @@ def run(preset: Preset, out: Path, resume: bool, console: Console, device: str |
         console.log = out / "log.txt"
     elif world.is_main:
         folder.must_be_free()
+    if world.is_main:
+        trackers.check(preset.run.trackers)
     micro_batch = _micro_batch(preset, world, folder, resume)
     while True:
         try:
-            report = _run(preset, world, folder, resume, micro_batch, console, started)
+            with trackers.started(preset, folder, console, world.is_main) as track:
+                report = _run(preset, world, folder, resume, micro_batch, console, started, track)
             world.close()
             return report
         except (MemoryError, RuntimeError) as error:
@@ -59,7 +62,7 @@ def run(preset: Preset, out: Path, resume: bool, console: Console, device: str |
 
 
 def _run(
-    preset: Preset, world: World, folder: RunDir, resume: bool, micro_batch: int, console: Console, started: float
+    preset: Preset, world: World, folder: RunDir, resume: bool, micro_batch: int, console: Console, started: float, track: Callable[[], None]
 ) -> dict[str, Any]:
     out, warn = folder.path, console.warn if world.is_main else lambda text: None
     # read by the main process alone: the others may not see its disk
@@ -67,8 +70,13 @@ def _run(
     first_epoch = loaded[0] + 1 if loaded else 0
     if world.is_main and resume:
         folder.take_back_metrics(first_epoch, warn)
+    if world.from_main(bool(loaded) and world.is_main and verdict.should_stop(folder.read_metrics(), preset)):
+        console.say(f"{out}: stopped after epoch {first_epoch - 1} for over-optimising. To go on: --set run.stop_on_overoptimisation=none")
+        track()
+        return record.summary(preset, folder, time.perf_counter() - started) if world.is_main else {}
     if first_epoch >= preset.run.epochs:
         console.say(f"{out}: all {preset.run.epochs} epochs are done.")
+        track()
         return record.summary(preset, folder, time.perf_counter() - started) if world.is_main else {}
 
     with world.first_on_each_machine() if may_download() else contextlib.nullcontext():
@@ -87,14 +95,23 @@ def _run(
         console.pairs(record.header(job, out, first_epoch), title=f"tdpo {__version__}: training with {preset.algorithm.name.upper()}")
         if first_epoch == 0:
             record.preview(job, folder, "before training", "before.png")
+        track()
         console.say()
     for epoch in range(first_epoch, preset.run.epochs):
         row = _epoch(job, epoch, console)
+        stop = False
         if world.is_main:
+            rows = [*folder.read_metrics(), row]
+            stop = verdict.should_stop(rows, preset)
             with stopping.held():  # an epoch that is computed is not lost to a signal
-                record.save(job, folder, epoch, row)
-            console.say(record.epoch_line(row, folder.read_metrics()[0], preset))
+                record.save(job, folder, epoch, row, last=stop or epoch + 1 == preset.run.epochs)
+            track()
+            console.say(record.epoch_line(row, rows[0], preset))
+            if changed := record.verdict_line(rows, preset):
+                console.say(changed, style="bold")
         world.barrier()
+        if preset.run.stop_on_overoptimisation is not None and world.from_main(stop):
+            break
     if not world.is_main:
         return {}
     report = record.summary(preset, folder, time.perf_counter() - started)

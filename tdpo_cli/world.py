@@ -1,4 +1,4 @@
-"""The processes that share a run: who does what, and the few things they exchange. The only user of accelerate."""
+"""The processes that share a run: who does what, and the few things they exchange. Beside the trackers, the only user of accelerate."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from tdpo_cli import __version__, launch
-from tdpo_cli.cli import doctor, presets, sample, score, train
+from tdpo_cli.cli import cross_eval, doctor, export, presets, report, sample, score, train
 from tdpo_cli.errors import RequestError, WorkError
 
 app = typer.Typer(
@@ -22,7 +22,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 COMMANDS = {
-    "train": train.train, "sample": sample.sample, "score": score.score, "doctor": doctor.doctor, "presets": presets.list_or_show,
+    "train": train.train, "sample": sample.sample, "score": score.score, "cross-eval": cross_eval.cross_eval, "doctor": doctor.doctor,
+    "presets": presets.list_or_show, "report": report.report, "export": export.export,
 }  # fmt: skip
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)

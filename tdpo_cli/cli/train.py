@@ -22,8 +22,14 @@ def train(
     algorithm: Annotated[Optional[str], typer.Option(metavar="ddpo|tdpo|tdpo-r", help="Same as --set algorithm.name=...")] = None,
     seed: Annotated[Optional[int], typer.Option(help="Same as --set run.seed=...")] = None,
     epochs: Annotated[Optional[int], typer.Option(help="Same as --set run.epochs=...")] = None,
+    stop_on_overoptimisation: Annotated[
+        Optional[int], typer.Option(metavar="EPOCHS", help="Stop once the verdict was `over-optimising` for this many epochs in a row.")
+    ] = None,
     out: Annotated[Optional[Path], typer.Option(help="The run folder [default: a new runs/PRESET-0001, counting up].")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    tracker: Annotated[
+        Optional[list[str]], typer.Option(metavar="tensorboard|wandb", help="Same as --set run.trackers=...; may be repeated.")
+    ] = None,
     gpus: options.GpusOption = None,
     processes: options.ProcessesOption = None,
     machines: Annotated[int, typer.Option(min=1, metavar="M", help="The same command is started on M machines.")] = 1,
@@ -37,7 +43,11 @@ def train(
 ) -> None:
     """Train a policy as a preset says."""
     overrides = options.overrides(set_, checkpoint, zoo)
-    overrides += [(key, value) for key, value in (("algorithm.name", algorithm), ("run.seed", seed), ("run.epochs", epochs)) if value is not None]
+    given = {
+        "algorithm.name": algorithm, "run.seed": seed, "run.epochs": epochs, "run.stop_on_overoptimisation": stop_on_overoptimisation,
+        "run.trackers": tracker,
+    }  # fmt: skip
+    overrides += [(key, value) for key, value in given.items() if value is not None]
     if resume:
         resolved, out = _resumed(out, preset, overrides), Path(out or ".")
     else:
@@ -68,7 +78,7 @@ def train(
         print(json.dumps(report))
 
 
-RESUMABLE = ("run.epochs", "run.save_every", "run.keep_last")  # what may change when a run goes on
+RESUMABLE = ("run.epochs", "run.save_every", "run.keep_last", "run.stop_on_overoptimisation", "run.trackers")  # what may change when a run goes on
 
 
 def _resumed(out: Path | None, preset: str | None, overrides: list[tuple[str, Any]]) -> presets.Preset:

@@ -15,10 +15,11 @@ PACKAGE = Path(tdpo_cli.__file__).parent
 LEVELS = {
     "command line": ["cli", "__main__"],
     "commands": ["train", "sample", "score", "cross_eval", "report", "export", "doctor", "launch"],
-    "a run": ["record", "job", "score_work"],
+    "a run": ["record", "job", "score_work", "trackers", "model_card", "comparison", "figures", "run_page"],
     "parts of an epoch": ["algorithms", "rollout", "update", "verdict", "scoring", "checkpoints"],
     "pieces": [
-        "models", "rewards", "critic", "moments", "reset", "kl", "prompts", "run_dir", "memory", "sandbox", "grid", "model_card", "image_folder",
+        "models", "rewards", "critic", "moments", "reset", "kl", "prompts", "run_dir", "memory", "sandbox", "grid", "image_folder",
+        "pages",
     ],
     "ground": ["types", "world", "preset", "settings", "errors", "randomness", "console", "stopping", "__init__"],
 }  # fmt: skip
@@ -99,9 +100,9 @@ def test_there_are_no_circles():
     assert [module for module, targets in reached.items() if module in targets] == []
 
 
-def test_only_world_knows_accelerate():
+def test_only_world_and_the_trackers_know_accelerate():
     users = [module for module, files in modules().items() for file in files if any(name.split(".")[0] == "accelerate" for name in imports(file))]
-    assert set(users) <= {"world", "launch"}
+    assert set(users) <= {"world", "launch", "trackers"}
 
 
 def test_only_the_command_line_knows_typer():

@@ -13,7 +13,7 @@ from functools import cache
 import pytest
 import torch
 
-from tdpo_cli import memory, models, prompts, scoring, train
+from tdpo_cli import memory, models, prompts, scoring, train, verdict
 from tdpo_cli import preset as presets
 from tdpo_cli.console import Console
 from tdpo_cli.errors import RequestError, WorkError
@@ -324,6 +324,22 @@ def preview_images():
     assert record.preview(run_with({})["job"], None, "", "") is None
 
 
+def stopping_early(tmp_path, monkeypatch):
+    """run.stop_on_overoptimisation: so many epochs in a row with that verdict end the run."""
+    monkeypatch.setattr(verdict, "read", lambda rows, preset: verdict.Verdict("over-optimising", ""))
+    for patience, expected in ((2, 2), (None, 4)):
+        wanted = {"run.epochs": 4, "run.stop_on_overoptimisation": patience, "rollout.prompts": str(two_prompts())}
+        train.run(settings_of(wanted), tmp_path / str(patience), False, Console(quiet=True))
+        assert len((tmp_path / str(patience) / "metrics.jsonl").read_text().splitlines()) == expected
+
+
+def tracking(tmp_path):
+    """run.trackers: told of every epoch; test_trackers says what."""
+    pytest.importorskip("tensorboard")
+    train.run(settings_of({"run.trackers": ("tensorboard",), "rollout.prompts": str(two_prompts())}), tmp_path, False, Console(quiet=True))
+    assert (tmp_path / "trackers/tensorboard/next_epoch.txt").read_text() == "1"
+
+
 def max_bad_steps(monkeypatch):
     """run.max_bad_steps: that many broken optimizer steps end the run, fewer do not."""
     def broken(self, *args, **kwargs):
@@ -380,6 +396,8 @@ ELSEWHERE = {
     "run.preview_images": preview_images,
     "run.micro_batch": run_folder,
     "run.max_bad_steps": max_bad_steps,
+    "run.trackers": tracking,
+    "run.stop_on_overoptimisation": stopping_early,
 }
 
 

@@ -71,6 +71,7 @@ PUBLISHED = {
     "run.seed": 42,
     "run.save_every": 1,
     "run.keep_last": None,
+    "run.stop_on_overoptimisation": None,
 }
 DIFFERENT = {
     "aesthetic": ("simple-animals", ["imagereward", "pickscore", "hpsv2"]),

@@ -1,0 +1,102 @@
+"""The folder of a cross-evaluation: what was asked, the parts that are done, and files that are whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tdpo_cli.errors import RequestError, WorkError
+
+Part = tuple[int, int, int]  # number of the model, first prompt, end
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to, which becomes `path` at the end, or nothing does. Raises WorkError where the disk fails."""
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield aside
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())
+        aside.rename(path)
+    except OSError as error:
+        raise WorkError(f"{path}: cannot be written: {error.strerror or error}. What was finished before is intact.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any, indent: int | None = None) -> None:
+    with whole(path) as aside:
+        aside.write_text(json.dumps(content, ensure_ascii=False, indent=indent, allow_nan=False) + "\n", encoding="utf-8")
+
+
+class Folder:
+    """OUT: request.json, parts/ until all is done, images/, and then cross_eval.json with what is drawn from it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._lock = None
+
+    @property
+    def result(self) -> Path:
+        return self.path / "cross_eval.json"
+
+    # --- the request ----------------------------------------------------------------------------------------------------
+    def read_request(self) -> dict[str, Any] | None:
+        """What this folder was begun with; None if nothing is there yet. Raises RequestError."""
+        file = self.path / "request.json"
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            if self.path.is_dir() and any(not entry.name.startswith(".") for entry in self.path.iterdir()):
+                raise RequestError(f"{self.path} holds other things; choose another --out.") from None
+            return None
+        except (OSError, ValueError) as error:
+            raise RequestError(f"{file}: damaged: {error}. Choose another --out.") from None
+
+    def lock(self) -> None:
+        """Make the folder, and refuse a second process in it; the kernel drops the lock when its owner dies. Raises RequestError."""
+        if self._lock is not None:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "w")
+        except OSError as error:
+            raise RequestError(f"{self.path}: cannot be written: {error.strerror or error}.") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RequestError(f"{self.path}: another tdpo process is at work in this folder.") from None
+
+    def begin(self, request: dict[str, Any]) -> None:
+        write_json(self.path / "request.json", request, indent=1)
+
+    def read_result(self) -> dict[str, Any]:
+        try:
+            return json.loads(self.result.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RequestError(f"{self.result}: damaged: {error}. Remove it together with the folder, or choose another --out.") from None
+
+    # --- parts ----------------------------------------------------------------------------------------------------------
+    def part(self, model: str, first: int) -> Path:
+        return self.path / "parts" / model / f"{first:05d}.json"
+
+    def missing(self, models: Sequence[str], prompts: int, at_once: int) -> list[Part]:
+        """Which pieces are still to be done, in the order of the models."""
+        pieces = [(m, first, min(first + at_once, prompts)) for m in range(len(models)) for first in range(0, prompts, at_once)]
+        return [piece for piece in pieces if not self.part(models[piece[0]], piece[1]).exists()]
+
+    def read_parts(self, model: str, prompts: int, at_once: int) -> list[dict[str, Any]]:
+        return [json.loads(self.part(model, first).read_text(encoding="utf-8")) for first in range(0, prompts, at_once)]
+
+    def forget_parts(self) -> None:
+        """Once the result holds them."""
+        shutil.rmtree(self.path / "parts", ignore_errors=True)

@@ -1,0 +1,115 @@
+"""Scores of all models -> the content of cross_eval.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tdpo_cli import __version__, comparison
+from tdpo_cli.cross_eval.models import Model
+
+Scores = dict[str, np.ndarray]  # reward -> [P,I], NaN where a score is missing
+
+
+def build(request: Mapping[str, Any], models: Sequence[Model], parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """Everything that is known of the models: `parts` holds what was scored, by model, in the order of the prompts."""
+    rewards, prompts, seed = list(request["rewards"]), request["prompts"], request["seed"]
+    draws = comparison.resample(len(prompts), seed)
+    raw = {model.name: {name: [row for part in parts[model.name] for row in part["scores"][name]] for name in rewards} for model in models}
+    scores = {model: {name: np.array(rows, dtype=np.float64) for name, rows in columns.items()} for model, columns in raw.items()}
+    distances = {name: _distances(parts[name]) for name in scores}
+    standardised = {model.name: _standardised(scores[model.name], scores[model.base]) for model in models if model.base is not None}
+    entries = [
+        _entry(model, raw[model.name], scores, standardised.get(model.name, {}), distances, draws) for model in models
+    ]  # fmt: skip
+    groups: dict[str, list[Model]] = {}
+    for model in models:
+        if model.group is not None:
+            groups.setdefault(model.group, []).append(model)
+    matrix = [[comparison.estimate(standardised[group[-1].name][name], draws) for name in rewards] for group in groups.values()]
+    return {
+        "tdpo": __version__,
+        "seed": seed,
+        "per_prompt": request["per_prompt"],
+        "prompt_source": request["prompt_source"],
+        "prompts": prompts,
+        "rewards": rewards,
+        "bootstrap": {"resamples": comparison.RESAMPLES, "level": comparison.LEVEL, "unit": "prompt"},
+        "models": entries,
+        "runs": [_run(name, group, standardised, rewards, draws) for name, group in groups.items()],
+        "matrix": {"trained": list(groups), "evaluated": rewards, "standardised": matrix},
+    }
+
+
+def _standardised(scores: Scores, base: Scores) -> Scores:
+    """The common scale: paired differences in units of the base's standard deviation; all missing where that is 0."""
+    stds = {name: comparison.spread(values)["std"] for name, values in base.items()}
+    return {name: (values - base[name]) / stds[name] if stds[name] else np.full_like(values, np.nan) for name, values in scores.items()}
+
+
+def _distances(parts: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
+    """[P], or None where diversity was not measured."""
+    return None if any(part["distances"] is None for part in parts) else np.array([one for part in parts for one in part["distances"]])
+
+
+def _entry(
+    model: Model, raw: Mapping[str, Any], scores: Mapping[str, Scores], standardised: Scores,
+    distances: Mapping[str, np.ndarray | None], draws: np.ndarray,
+) -> dict[str, Any]:  # fmt: skip
+    own, far = scores[model.name], distances[model.name]
+    rewards: dict[str, Any] = {}
+    for name, values in own.items():
+        rewards[name] = {**comparison.spread(values), "difference": None, "standardised": None, "win_rate": None}
+        if model.base is not None:
+            difference = values - scores[model.base][name]
+            rewards[name]["difference"] = comparison.estimate(difference, draws)
+            rewards[name]["standardised"] = comparison.estimate(standardised[name], draws)
+            rewards[name]["win_rate"] = comparison.estimate(comparison.wins(difference), draws)
+    compared = model.base is not None and far is not None
+    return {
+        "name": model.name,
+        "base": model.base,
+        "run": model.run,
+        "epoch": model.epoch,
+        "trained_reward": model.trained_reward,
+        "algorithm": model.algorithm,
+        "reward_queries": model.reward_queries,
+        "updates": model.updates,
+        "images": f"images/{model.name}",
+        "scores": raw,
+        "rewards": rewards,
+        "diversity": None if far is None else comparison.estimate(far, draws),
+        "diversity_difference": comparison.estimate(far - distances[model.base], draws) if compared else None,
+        "prompts_all_rise": comparison.share_all_rise(standardised),
+        "prompts_trained_rises_others_fall": comparison.share_trained_rises_others_fall(standardised, model.trained_reward),
+    }
+
+
+def _run(name: str, group: Sequence[Model], standardised: Mapping[str, Scores], rewards: Sequence[str], draws: np.ndarray) -> dict[str, Any]:
+    last = group[-1]
+    peaks = {}
+    for reward in rewards:
+        peak, numbers = comparison.peak_to_final(np.stack([standardised[model.name][reward] for model in group]), draws)
+        peaks[reward] = {"peak_epoch": group[peak].epoch, **numbers}
+    trained = last.trained_reward
+    others = [comparison.mean_of_others(standardised[model.name], trained) for model in group]
+    since_base = since_best = best_epoch = None
+    if others[0] is not None:
+        nothing = np.zeros_like(others[0])  # the base on the common scale
+        mine = np.stack([nothing, *(standardised[model.name][trained] for model in group)])
+        best, since_best = comparison.since_best(mine, np.stack([nothing, *others]), draws)
+        since_base = {"trained": comparison.estimate(mine[-1], draws), "others": comparison.estimate(others[-1], draws)}
+        best_epoch = None if best == 0 else group[best - 1].epoch
+    return {
+        "run": name,
+        "base": last.base,
+        "algorithm": last.algorithm,
+        "trained_reward": trained,
+        "models": [model.name for model in group],
+        "peak_to_final": peaks,
+        "since_base": since_base,  # change of the trained reward and of the mean of the other learned ones, common scale
+        "since_best": None if since_best is None else {"epoch": best_epoch, **since_best},
+        "verdict": comparison.verdict(trained, draws.shape[1], since_base, best_epoch, since_best),
+    }

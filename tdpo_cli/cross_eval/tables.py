@@ -1,0 +1,185 @@
+"""A cross-evaluation's numbers as rows: cross_eval.csv, the Markdown of cross_eval.md, and what a terminal shows."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tdpo_cli.console import Console, significant
+
+Result = Mapping[str, Any]
+GAP = 2  # columns between two columns of a terminal table
+ROWS = 16  # of a terminal table
+COLUMNS = ("model", "base", "run", "epoch", "algorithm", "trained_reward", "reward_queries", "updates")
+ESTIMATES = ("difference", "standardised", "win_rate")
+
+
+# --- numbers ------------------------------------------------------------------------------------------------------------
+def interval(one: Mapping[str, float | None] | None, digits: int = 2) -> str:
+    """+1.10 [0.98, 1.21]"""
+    if one is None or one["mean"] is None:
+        return "-"
+    return f"{one['mean']:+.{digits}f}" + ("" if one["low"] is None else f" [{one['low']:+.{digits}f}, {one['high']:+.{digits}f}]")
+
+
+def margin(one: Mapping[str, float | None] | None, digits: int = 2) -> str:
+    """+1.10 ±0.12, half the interval's width"""
+    if one is None or one["mean"] is None:
+        return "-"
+    return f"{one['mean']:+.{digits}f}" + ("" if one["low"] is None else f" ±{(one['high'] - one['low']) / 2:.{digits}f}")
+
+
+def bare(one: Mapping[str, float | None] | None, digits: int = 2) -> str:
+    return "-" if one is None or one["mean"] is None else f"{one['mean']:+.{digits}f}"
+
+
+def short(reward: str) -> str:
+    """A custom reward without its folders."""
+    return reward.rpartition("/")[2]
+
+
+def share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
+
+
+# --- cross_eval.csv -----------------------------------------------------------------------------------------------------
+def as_csv(result: Result) -> str:
+    """One row per model and reward; a missing value is an empty field."""
+    parts = ("mean", "low", "high")
+    header = [*COLUMNS, "reward", "mean", "std", *(f"{name}_{part}" for name in ESTIMATES for part in parts)]
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(header)
+    for model in result["models"]:
+        for reward, numbers in model["rewards"].items():
+            estimates = [(numbers[name] or {}).get(part) for name in ESTIMATES for part in parts]
+            writer.writerow([model["name"], *(model[column] for column in COLUMNS[1:]), reward, numbers["mean"], numbers["std"], *estimates])
+    return buffer.getvalue()
+
+
+# --- tables -------------------------------------------------------------------------------------------------------------
+def bases(result: Result) -> tuple[list[str], list[list[str]]]:
+    """What 0 and 1 of the common scale are: the base's mean and standard deviation, raw."""
+    models = [model for model in result["models"] if model["base"] is None]
+    rows = []
+    for model in models:
+        for reward, numbers in model["rewards"].items():
+            row = [short(reward), significant(numbers["mean"], 4), significant(numbers["std"], 4)]
+            rows.append([model["name"], *row] if len(models) > 1 else row)
+    return ([*(["model"] if len(models) > 1 else []), "reward", "mean", "std"], rows)
+
+
+def of_run(result: Result, run: Mapping[str, Any], cell: Callable) -> tuple[list[str], list[list[str]]]:
+    """Checkpoint by checkpoint: every reward on the common scale."""
+    rows = [[_epoch(model), *(cell(model["rewards"][name]["standardised"]) for name in result["rewards"])] for model in _models(result, run)]
+    return ["epoch", *map(short, result["rewards"])], rows
+
+
+def of_prompts(result: Result, run: Mapping[str, Any], cell: Callable) -> tuple[list[str], list[list[str]]]:
+    """Checkpoint by checkpoint: how often the trained reward beats the base, what happens prompt by prompt, diversity."""
+    rows = []
+    for model in _models(result, run):
+        trained = model["rewards"].get(model["trained_reward"])
+        rows.append([
+            _epoch(model), share(trained["win_rate"]["mean"]) if trained else "-", share(model["prompts_all_rise"]),
+            share(model["prompts_trained_rises_others_fall"]), cell(model["diversity_difference"], 3),
+        ])  # fmt: skip
+    return ["epoch", "trained wins", "all rise", "trained rises, others fall", "diversity"], rows
+
+
+def of_peaks(result: Result, run: Mapping[str, Any], cell: Callable) -> tuple[list[str], list[list[str]]]:
+    rows = []
+    for reward, one in run["peak_to_final"].items():
+        epoch = "-" if one["peak_epoch"] is None else str(one["peak_epoch"])
+        rows.append([short(reward), epoch, _signed(one["peak"]), _signed(one["final"]), cell(one["drop"])])
+    return ["reward", "peak epoch", "peak", "final", "drop"], rows
+
+
+def of_matrix(result: Result, cell: Callable) -> tuple[list[str], list[list[str]]]:
+    matrix = result["matrix"]
+    rows = [[name, *map(cell, numbers)] for name, numbers in zip(matrix["trained"], matrix["standardised"], strict=True)]
+    return ["run", *map(short, matrix["evaluated"])], rows
+
+
+def title(run: Mapping[str, Any]) -> str:
+    how = f": {run['algorithm']} on {run['trained_reward']}" if run["algorithm"] else ""
+    return f"{run['run']}{how}"
+
+
+def _models(result: Result, run: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [model for model in result["models"] if model["name"] in run["models"]]
+
+
+def _epoch(model: Mapping[str, Any]) -> str:
+    return "-" if model["epoch"] is None else str(model["epoch"])
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.2f}"
+
+
+# --- cross_eval.md ------------------------------------------------------------------------------------------------------
+SCALE = "Paired differences to the base model on the same prompts and noise, in units of the base's standard deviation: the base is 0."
+
+
+def as_markdown(result: Result) -> str:
+    count, level, resamples = len(result["prompts"]), f"{result['bootstrap']['level']:.0%}", f"{result['bootstrap']['resamples']:,}"
+    lines = [
+        "# Cross-evaluation", "",
+        f"{count} prompts of `{result['prompt_source']}`, {result['per_prompt']} image(s) of each per model, seed {result['seed']}. {SCALE} "
+        f"In brackets: {level} bootstrap intervals, prompts resampled {resamples} times.", "",
+    ]  # fmt: skip
+    lines += [f"- **{title(run)}** - {run['verdict']}" for run in result["runs"]] + [""]
+    if len(result["runs"]) > 1:
+        lines += ["## Every run's last checkpoint", "", *_markdown(*of_matrix(result, interval)), ""]
+    for run in result["runs"]:
+        lines += [f"## {title(run)}", "", *_markdown(*of_run(result, run, interval)), ""]
+        lines += ["Prompt by prompt, and diversity's change:", "", *_markdown(*of_prompts(result, run, interval)), ""]
+        lines += ["From each reward's peak to the last checkpoint:", "", *_markdown(*of_peaks(result, run, interval)), ""]
+    lines += ["## The base model, raw", "", *_markdown(*bases(result)), ""]
+    return "\n".join(lines)
+
+
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *([cell.replace("|", r"\|") for cell in row] for row in rows))]
+
+
+# --- the terminal -------------------------------------------------------------------------------------------------------
+def show(result: Result, console: Console) -> None:
+    """Tables with intervals, or with half their widths, or with bare numbers: the first that fits the terminal."""
+    width = console.rich.width
+    console.table(*bases(result), title="the base model, raw scale")
+    if result["runs"]:
+        level = f"{result['bootstrap']['level']:.0%}"
+        console.say(f"\nPaired differences to the base, in its sd, with {level} intervals over prompts:")
+    thinned = [_thinned(run) for run in result["runs"]]
+    cell = _cell(lambda cell: [table(result, run, cell) for run in thinned for table in (of_run, of_prompts)], width)
+    for run, shown in zip(result["runs"], thinned, strict=True):
+        left_out = len(run["models"]) - len(shown["models"])
+        console.say()
+        console.table(*of_run(result, shown, cell), title=title(run) + (f" ({left_out} more checkpoints in cross_eval.md)" if left_out else ""))
+        console.say()
+        console.table(*of_prompts(result, shown, cell))
+    if len(result["runs"]) > 1:
+        console.say()
+        console.table(*of_matrix(result, _cell(lambda cell: [of_matrix(result, cell)], width)), title="every run's last checkpoint")
+    if result["runs"]:
+        console.say()
+        console.pairs([(run["run"], run["verdict"]) for run in result["runs"]], title="verdict on the last checkpoint")
+
+
+def _thinned(run: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The run with at most ROWS of its checkpoints, evenly apart, the last among them."""
+    step = -(-len(run["models"]) // ROWS)
+    return {**run, "models": run["models"][::-1][::step][::-1]}
+
+
+def _cell(make: Callable, width: int) -> Callable:
+    """How to write an estimate so that all tables of `make(cell)` fit."""
+    return next((cell for cell in (interval, margin) if all(_width(*table) <= width for table in make(cell))), bare)
+
+
+def _width(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    return sum(max(map(len, column)) + GAP for column in zip(columns, *rows, strict=True))

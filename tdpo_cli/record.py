@@ -212,13 +212,14 @@ def closing(report: dict[str, Any], preset: Preset, console: Console) -> None:
     console.say()
     console.say(f"verdict: {report['verdict']['sentence']}", style="bold")
     console.say()
-    places = [("checkpoint", report["checkpoint"]), ("previews", f"{run}/images"), ("numbers", f"{run}/metrics.jsonl")]
+    places = [("checkpoint", report["checkpoint"]), ("report", f"{run}/report.html"), ("previews", f"{run}/images"), ("numbers", f"{run}/metrics.jsonl")]
     if report["best_checkpoint"] not in (None, report["checkpoint"]):
         places.insert(1, ("best by the watched rewards", report["best_checkpoint"]))
     console.pairs(places, title="where things are")
     prompt = prompts.load(preset.rollout.prompts)[0]
     console.say()
     console.say("what to try next", style="bold")
+    console.say(f"  tdpo cross-eval {run}        # base model and checkpoints on held-out prompts: better, or cheating?")
     console.say(f'  tdpo sample {run} "{prompt}" --per-prompt 8')
     console.say(f"  tdpo train --resume --out {run} --epochs {preset.run.epochs * 2}        # train on")
     others = [name for name in ("tdpo-r", "tdpo", "ddpo") if name != preset.algorithm.name]

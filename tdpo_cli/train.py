@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdpo_cli import __version__, algorithms, memory, record, scoring, stopping, trackers, verdict
+from tdpo_cli import __version__, algorithms, memory, record, run_page, scoring, stopping, trackers, verdict
 from tdpo_cli.console import Console
 from tdpo_cli.errors import RequestError, WorkError
 from tdpo_cli.job import Job, build
@@ -114,6 +114,7 @@ def _run(
             break
     if not world.is_main:
         return {}
+    run_page.write_or_warn(out, console.warn)
     report = record.summary(preset, folder, time.perf_counter() - started)
     record.closing(report, preset, console)
     return report

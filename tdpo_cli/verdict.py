@@ -9,9 +9,11 @@ The rule, on the epochs' mean rewards:
 3. The peak is where the averaged others are highest, `since` the epoch in the middle of that window. Compared with the newest
    window, which must not overlap it:
    - others below the peak by more than SIGMAS standard errors of the difference, the trained reward not lower: over-optimising;
-   - both below by more than that: declining;
-   - others not significantly below, the trained reward above by more than that: stalled (an early warning);
-   - else, or while the peak is still recent: improving if others are above their first window by more than that, else unclear.
+   - both below by more than that: declining.
+4. Failing these, `agreement` (how alike trained and watched rewards rank an epoch's samples of one prompt) averaged over the newest
+   window below PARTED of its first window's: doubtful. The means still rise together, but the rewards no longer mean the same.
+5. Failing that too: others not significantly below their peak, the trained reward above by more than that: stalled; else, or while
+   the peak is still recent: improving if others are above their first window by more than that, else unclear.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from tdpo_cli.preset import Preset
 
 WINDOW = 5  # epochs averaged
 SIGMAS = 2.5  # standard errors of a difference that count: the peak is the highest of many windows, so two would cry wolf
+PARTED = 0.8  # share of the first window's agreement
 TRUE_REWARDS = frozenset({"gold"})  # what a verdict is judged by, so it never reads them
 
 
@@ -32,9 +35,9 @@ TRUE_REWARDS = frozenset({"gold"})  # what a verdict is judged by, so it never r
 class Verdict:
     """What the curves say up to the newest epoch."""
 
-    kind: str  # "over-optimising", "declining", "stalled", "improving", "unclear", "too early" or "unwatched"
+    kind: str  # "over-optimising", "declining", "doubtful", "stalled", "improving", "unclear", "too early" or "unwatched"
     sentence: str
-    since: int | None = None  # epoch of the others' peak (over-optimising, declining, stalled)
+    since: int | None = None  # epoch of the others' peak (over-optimising, declining, stalled), or where agreement fell (doubtful)
     trained: float | None = None  # change of the trained reward since then, or since the start, in sd of epoch 0
     others: float | None = None  # ... and of the mean of the watched learned rewards
 
@@ -48,10 +51,11 @@ def read(rows: Sequence[Mapping[str, Any]], preset: Preset) -> Verdict:
     known = [i for i, pair in enumerate(zip(trained, others, strict=True)) if None not in pair]
     if len(known) < 2 * WINDOW:
         return Verdict("too early", f"too early to tell: {len(known)} of {2 * WINDOW} epochs")
-    return _judge([rows[i]["epoch"] for i in known], [trained[i] for i in known], [others[i] for i in known], preset.reward.train)
+    curves = [[curve[i] for i in known] for curve in (trained, others)]
+    return _judge([rows[i]["epoch"] for i in known], *curves, parted(rows), preset.reward.train)
 
 
-def _judge(epochs: Sequence[int], trained: Sequence[float], others: Sequence[float], name: str) -> Verdict:
+def _judge(epochs: Sequence[int], trained: Sequence[float], others: Sequence[float], doubt: tuple[int, str] | None, name: str) -> Verdict:
     smooth_trained, smooth_others = averaged(trained), averaged(others)
     margin_trained, margin_others = (SIGMAS * noise(curve) * math.sqrt(2 / WINDOW) for curve in (trained, others))
     peak = max(range(len(smooth_others)), key=smooth_others.__getitem__)
@@ -62,14 +66,31 @@ def _judge(epochs: Sequence[int], trained: Sequence[float], others: Sequence[flo
         kind = None
         if lost > margin_others:
             kind = "over-optimising" if gained >= 0 else "declining" if gained < -margin_trained else None
-        elif gained > margin_trained:
+        elif gained > margin_trained and not doubt:
             kind = "stalled"
         if kind:
             sentence = f"{name} {gained:+.2f} sd, others {-lost:+.2f} sd since epoch {since}: {kind}"
             return Verdict(kind, sentence, since, gained, -lost)
     gained, others_gained = smooth_trained[now] - smooth_trained[0], smooth_others[now] - smooth_others[0]
+    changes = f"{name} {gained:+.2f} sd, others {others_gained:+.2f} sd since the start"
+    if doubt:
+        since, words = doubt
+        return Verdict("doubtful", f"{changes}, but {words}: doubtful", since, gained, others_gained)
     kind = "improving" if others_gained > margin_others else "unclear"
-    return Verdict(kind, f"{name} {gained:+.2f} sd, others {others_gained:+.2f} sd since the start: {kind}", None, gained, others_gained)
+    return Verdict(kind, f"{changes}: {kind}", None, gained, others_gained)
+
+
+def parted(rows: Sequence[Mapping[str, Any]]) -> tuple[int, str] | None:
+    """Where the averaged agreement fell below PARTED of its first window's, if it is below now; and that in words."""
+    known = [(row["epoch"], row["agreement"]) for row in rows if row.get("agreement") is not None]
+    if len(known) < 2 * WINDOW:
+        return None
+    smooth = averaged([agreement for _, agreement in known])
+    if smooth[0] <= 0 or smooth[-1] >= PARTED * smooth[0]:
+        return None
+    first = next(i for i in range(len(smooth)) if all(value < PARTED * smooth[0] for value in smooth[i:]))
+    epoch = known[first + WINDOW // 2][0]
+    return epoch, f"they agree less ({smooth[0]:.2f} -> {smooth[-1]:.2f}, below {PARTED:.0%} since epoch {epoch})"
 
 
 def should_stop(rows: Sequence[Mapping[str, Any]], preset: Preset) -> bool:

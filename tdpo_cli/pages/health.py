@@ -14,6 +14,11 @@ from tdpo_cli.preset import Preset
 def policy(rows: Rows, preset: Preset) -> str:
     charts = [
         line_chart(chart(
+            rows, "Agreement of the rewards",
+            "Correlation, among samples of a prompt, of the trained reward with the watched learned ones. It falls where one of them is exploited.",
+            [("agreement", "correlation")], baseline=0.0,
+        )),
+        line_chart(chart(
             rows, "approx_kl", "How far an epoch's updates move the policy from the one that sampled.", [("approx_kl", "policy")], zero=True,
         )),
         line_chart(chart(rows, "mean_kl", "Distance from the untrained model, along the sampled steps.", [("mean_kl", "reference")], zero=True)),

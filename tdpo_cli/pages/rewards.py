@@ -9,7 +9,8 @@ from tdpo_cli.pages.html import escape
 
 TRUE_REWARD = "gold"  # the sandbox's: it is shown, and judges nothing
 TRUE_NOTE = "true reward, never read by the verdict"
-MOODS = {"over-optimising": "bad", "declining": "bad", "stalled": "early", "improving": "good"}  # kind of verdict -> class of page.css
+# kind of verdict -> class of page.css
+MOODS = {"over-optimising": "bad", "declining": "bad", "doubtful": "early", "stalled": "early", "improving": "good"}
 
 
 def looks(rewards: Sequence[str], trained: str | None) -> dict[str, str]:

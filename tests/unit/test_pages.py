@@ -328,6 +328,13 @@ def test_a_page_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch
     assert file.read_text() == "old" and [one.name for one in tmp_path.iterdir()] == ["report.html"]
 
 
+def test_a_page_takes_the_place_of_the_old_one_at_once(tmp_path):
+    html.save("old", tmp_path / "report.html")
+    (tmp_path / "opened before").hardlink_to(tmp_path / "report.html")
+    html.save("new", tmp_path / "report.html")
+    assert ((tmp_path / "opened before").read_text(), (tmp_path / "report.html").read_text()) == ("old", "new")
+
+
 def test_a_folder_is_no_place_for_a_page(tmp_path):
     with pytest.raises(RequestError, match="is a folder; expected the name of a file"):
         html.save("x", tmp_path)
@@ -386,7 +393,7 @@ def test_a_report_shows_what_was_recorded(tmp_path):
         "Rewards", "Pictures", "Each reward on its own scale", "Policy", "Critic", "Time and memory", "Settings", "Environment", "Numbers",
     ]  # fmt: skip
     assert document.text("h3") == [
-        "All rewards on a common scale", "aesthetic", "gold", "pickscore", "hpsv2", "approx_kl", "mean_kl", "Clip fractions", "Gradient norms",
+        "All rewards on a common scale", "aesthetic", "gold", "pickscore", "hpsv2", "Agreement of the rewards", "approx_kl", "mean_kl", "Clip fractions", "Gradient norms",
         "ratio_drift", "Explained variance", "Dormant neurons", "Critic loss", "Seconds per epoch", "Images per second", "Peak memory, GB",
     ]  # fmt: skip
     facts = dict(zip(document.text("dt"), document.text("dd"), strict=True))

@@ -116,6 +116,25 @@ def test_a_missing_score_only_takes_its_epoch_out():
     assert verdict.read(rows, preset()).kind == "too early"
 
 
+def test_rewards_that_part_make_a_rise_doubtful():
+    rows = curves(RAMP, RAMP)
+    for row in rows:
+        row["agreement"] = 0.9 if row["epoch"] < 20 else 0.5
+    found = verdict.read(rows, preset())
+    assert (found.kind, found.since) == ("doubtful", pytest.approx(20, abs=1))
+    assert "they agree less (0.90 -> 0.50" in found.sentence
+    for row in rows[30:]:
+        row["agreement"] = 0.85  # they are together again
+    assert verdict.read(rows, preset()).kind == "improving"
+
+
+def test_watched_rewards_that_fall_are_worse_than_doubtful():
+    rows = curves(RAMP, PEAK_AT_20)
+    for row in rows:
+        row["agreement"] = 0.9 - row["epoch"] / 50
+    assert verdict.read(rows, preset()).kind == "over-optimising"
+
+
 def test_stopping_waits_for_patience():
     rows = curves(RAMP, PEAK_AT_20, scatter=0)
     first = next(n for n in range(len(rows)) if verdict.read(rows[:n], preset()).kind == "over-optimising")

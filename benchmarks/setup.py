@@ -59,6 +59,10 @@ class Bench:
     device: torch.device
 
     def __post_init__(self) -> None:
+        if self.device.type != "meta":
+            self.remember()
+
+    def remember(self) -> None:
         self._start = self.policy.state_dict(), {name: value.clone() for name, value in self.critic.state_dict().items()}
 
     def restart(self) -> None:
@@ -96,7 +100,7 @@ def build(size: Size, device: torch.device, dtype: str = "fp16") -> Bench:
             for name, parameter in bench.policy.trainable.items():
                 if "lora_B" in name:
                     parameter.copy_(torch.empty(parameter.shape).normal_(0, 0.02, generator=draw))
-        bench.__post_init__()
+        bench.remember()
     return bench
 
 
@@ -129,7 +133,8 @@ def _stable_diffusion(size: Size, preset: Preset, device: torch.device, dtype: t
     policy = StableDiffusion(unet, vae, text, Hashed(), SCHEDULER, device)
     randomness = Randomness(preset.run.seed)
     policy.train_lora(preset.model.lora_rank, randomness.initial_weights("lora"))
-    policy.set_schedule(preset.rollout.steps, preset.rollout.eta)
+    if device.type != "meta":
+        policy.set_schedule(preset.rollout.steps, preset.rollout.eta)
     critic = Critic(encoder.embed_dim, preset.algorithm.critic_init_std)
     if device.type != "meta":
         critic.initialise(randomness.initial_weights("critic"))

@@ -64,10 +64,10 @@ class Schedule:
         rows = getattr(self, name).gather(0, k.cpu()).to(self.device) if on_cpu else self.on_device[name][k]
         return rows.view(-1, 1, 1, 1)
 
-    def step(self, prediction: Tensor, x_t: Tensor, k: Tensor, on_cpu: bool) -> tuple[Tensor, Tensor]:
-        """mean and standard deviation of p(x_{t-1} | x_t), fp32."""
-        abar, abar_prev, sigma = (self.gather(name, k, on_cpu) for name in ("abar", "abar_prev", "sigma"))
-        prediction, x_t = prediction.float(), x_t.float()
+    def step(self, prediction: Tensor, x_t: Tensor, k: Tensor, on_cpu: bool, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """mean and standard deviation of p(x_{t-1} | x_t)."""
+        abar, abar_prev, sigma = (self.gather(name, k, on_cpu).to(dtype) for name in ("abar", "abar_prev", "sigma"))
+        prediction, x_t = prediction.to(dtype), x_t.to(dtype)
         x_0 = (x_t - (1 - abar) ** 0.5 * prediction) / abar**0.5
         if self.clip is not None:
             x_0 = x_0.clamp(-self.clip, self.clip)
@@ -79,8 +79,8 @@ def log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return density.mean(dim=(1, 2, 3))
 
 
-def predict(bench: Bench, x_t: Tensor, k: Tensor, embeds: Tensor, guidance: float) -> Tensor:
-    unet, t = bench.policy.unet, bench.policy.timesteps[k]
+def predict(bench: Bench, x_t: Tensor, k: Tensor, embeds: Tensor, guidance: float, unet: torch.nn.Module | None = None) -> Tensor:
+    unet, t = unet or bench.policy.unet, bench.policy.timesteps[k]
     negative = bench.policy._negative.expand(len(x_t), -1, -1)
     both = torch.cat([x_t, x_t]).to(unet.dtype), torch.cat([t, t]), torch.cat([negative, embeds]).to(unet.dtype)
     unconditional, conditional = unet(both[0], both[1], encoder_hidden_states=both[2], return_dict=False)[0].chunk(2)
@@ -150,6 +150,8 @@ def train(
     optimizers = torch.optim.AdamW(policy_weights, lr=settings.learning_rate, **adam), torch.optim.AdamW(critic_weights, lr=settings.critic_learning_rate, **adam)
     half = bench.policy.unet.dtype == torch.float16
     scaler = torch.amp.GradScaler(bench.device.type, enabled=half and bench.device.type != "cpu")
+    for weight in (*policy_weights, *critic_weights):
+        weight.grad = None
     updates, first, drift = 0, None, 0.0
     advantages, returns = credit.advantages.to(bench.device), credit.returns.to(bench.device)
     for index, (samples, steps) in enumerate(plan.optimizer_steps(settings.batch_size, False)):

@@ -61,9 +61,9 @@ class Job:
         self.updates, self.bad_steps = state["updates"], state["bad_steps"]
 
 
-def build(preset: Preset, world: World, plan: memory.Plan | int) -> Job:
-    """Load the networks and set up what trains; a number as plan is a micro-batch. Raises RequestError for what is not there."""
-    plan = memory.Plan(plan, plan, memory.CPU_MICRO_BATCH) if isinstance(plan, int) else plan
+def build(preset: Preset, world: World, micro_batch: int, plan: memory.Plan | None = None) -> Job:
+    """Load the networks and set up what trains. Raises RequestError for what the preset names and is not there."""
+    plan = plan or memory.Plan(micro_batch, micro_batch, memory.CPU_MICRO_BATCH)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = preset.model.tf32
     randomness = Randomness(preset.run.seed)
     prompt_list = prompts.load(preset.rollout.prompts)

@@ -52,8 +52,8 @@ def run(preset: Preset, out: Path, resume: bool, console: Console, device: str |
                 reason = (str(error).strip() or "out of memory").splitlines()[0]
                 saved = " The last finished epoch is safe on disk." if folder.holds_a_run else ""
                 raise WorkError(f"out of memory: {reason}\n{memory.advice(preset, min(plan.micro_batch, samples))}{saved}") from error
-        plan = smaller
-        console.warn(f"out of memory; going on from the last finished epoch with a {plan}.")
+        plan, recomputing = smaller, " and gradient checkpointing" if smaller.checkpointing else ""
+        console.warn(f"out of memory; going on from the last finished epoch with a micro-batch of {plan.micro_batch}{recomputing}.")
         gc.collect()  # the networks of the attempt that failed; all are built anew
         torch.cuda.empty_cache()
         resume = folder.holds_a_run
@@ -73,7 +73,7 @@ def _run(
         return record.summary(preset, folder, time.perf_counter() - started) if world.is_main else {}
 
     with world.first_on_each_machine() if may_download() else contextlib.nullcontext():
-        job = build(preset, world, plan)
+        job = build(preset, world, plan.micro_batch, plan)
     if loaded:
         job.load_state_dict(loaded[1])
     if world.is_main:

@@ -63,10 +63,14 @@ def measure(
     for clock, suffix in ((main_clock, ""), (1 - main_clock, f"_{CLOCKS[1 - main_clock]}")):
         for phase in ("training", "sampling", "epoch"):
             report["spreads"][f"{phase}_ratio{suffix}"] = spread(ratios(timed["standin"], timed["ours"], phase, clock))
-            report["spreads"][f"{phase}_ratio_of_micro_batch_4{suffix}"] = spread(ratios(timed["standin at micro-batch 4"], timed["ours"], phase, clock))
+            report["spreads"][f"{phase}_ratio_of_micro_batch_4{suffix}"] = spread(
+                ratios(timed["standin at micro-batch 4"], timed["ours"], phase, clock)
+            )
         report["spreads"][f"overhead{suffix}"] = spread(ratios(timed["ours"], timed["bare"], "epoch", clock))
     report |= {name: values["median"] for name, values in report["spreads"].items()}
-    report["seconds"] = {name: {phase: spread(seconds(rows, phase, main_clock))["median"] for phase in [*rows[0], "epoch"]} for name, rows in timed.items()}
+    report["seconds"] = {
+        name: {phase: spread(seconds(rows, phase, main_clock))["median"] for phase in [*rows[0], "epoch"]} for name, rows in timed.items()
+    }
     report["matmul"] = matmul.shares(bench, bare, timed["bare"])
     if with_ladder:
         report["ladder"] = ladder.climb(bench, plan, rounds)
@@ -125,7 +129,12 @@ def dry(bench: Bench) -> dict[str, Any]:
     plans = {str(plan): memory.phases(bench.preset, 1, plan) for plan in memory.GPU_LADDER}
     nets = footprint.networks(bench.preset)
     stored = 4 * nets.latent_elements + 4 * bench.encoder.embed_dim
-    return {"parameters": parameters, "predicted_bytes": plans, "trajectory_bytes_per_step_and_sample": stored, "sizes": dataclasses.asdict(bench.size)}
+    return {
+        "parameters": parameters,
+        "predicted_bytes": plans,
+        "trajectory_bytes_per_step_and_sample": stored,
+        "sizes": dataclasses.asdict(bench.size),
+    }
 
 
 def main() -> int:

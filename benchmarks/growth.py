@@ -118,7 +118,9 @@ def measure(device: torch.device, rounds: int, axes: dict[str, tuple[int, ...]])
         rows = []
         for value in values:
             here = at(bench, dataclasses.replace(BASE, **{axis: value}))
-            rows.append({"value": value, "seconds": best[axis, value], "peak_bytes": peak_bytes(here), "stored_bytes_per_step_and_sample": stored_bytes(here)})
+            rows.append(
+                {"value": value, "seconds": best[axis, value], "peak_bytes": peak_bytes(here), "stored_bytes_per_step_and_sample": stored_bytes(here)}
+            )
         amount = [row["value"] ** 2 if axis == "latent" else row["value"] for row in rows]
         report["axes"][axis] = {
             "points": rows, "time": line(amount, [row["seconds"] for row in rows]), "memory": line(amount, [row["peak_bytes"] for row in rows]),

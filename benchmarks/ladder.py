@@ -84,7 +84,9 @@ def climb(bench: Bench, plan: Plan, rounds: int) -> list[dict[str, Any]]:
         row = {"rung": name, **{f"{phase}_seconds": statistics.median(seconds(timed, phase, clock)) for phase in ("sampling", "training", "epoch")}}
         if before is not None:
             for phase in ("sampling", "training", "epoch"):
-                row[f"{phase}_gain"] = statistics.median(a / b for a, b in zip(seconds(before, phase, clock), seconds(timed, phase, clock), strict=True))
+                row[f"{phase}_gain"] = statistics.median(
+                    a / b for a, b in zip(seconds(before, phase, clock), seconds(timed, phase, clock), strict=True)
+                )
         rows.append(row)
         before = timed
     return rows

@@ -121,7 +121,9 @@ def _stable_diffusion(size: Size, preset: Preset, device: torch.device, dtype: t
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, sample_size=8 * size.latent,
         )  # fmt: skip
         text = CLIPTextModel(
-            CLIPTextConfig(hidden_size=text_width, intermediate_size=4 * text_width, num_hidden_layers=12 if full else 2, num_attention_heads=text_width // 64)
+            CLIPTextConfig(
+                hidden_size=text_width, intermediate_size=4 * text_width, num_hidden_layers=12 if full else 2, num_attention_heads=text_width // 64
+            )
         )
         encoder = RandomClip(full)
     for network in (unet, vae, text):
@@ -165,8 +167,12 @@ class RandomClip(FrozenImageEncoder):
         from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
         super().__init__()
-        small = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8, projection_dim=64)
-        large = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=224, patch_size=14, projection_dim=768)
+        small = dict(
+            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8, projection_dim=64
+        )
+        large = dict(
+            hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=224, patch_size=14, projection_dim=768
+        )
         config = CLIPVisionConfig(**(large if full else small))
         self.model = CLIPVisionModelWithProjection(config)
         self.embed_dim, self.image_size = config.projection_dim, config.image_size
@@ -185,5 +191,3 @@ class FirstNumber:
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.encoder(images)[:, 0]
-
-

@@ -141,13 +141,21 @@ def sample(bench: Bench, ways: Ways, epoch: int = 0) -> Trajectory:
 
 # --- training ---------------------------------------------------------------------------------------------------------
 def train(
-    bench: Bench, ways: Ways, trajectory: Trajectory, credit: Credit, plan: ShufflePlan, tamper: Callable[[Tensor], Tensor] = lambda gradient: gradient
+    bench: Bench,
+    ways: Ways,
+    trajectory: Trajectory,
+    credit: Credit,
+    plan: ShufflePlan,
+    tamper: Callable[[Tensor], Tensor] = lambda gradient: gradient,
 ) -> Trained:
     """One inner epoch. `tamper` may spoil the gradient: the benchmark must notice."""
     settings, guidance, schedule = bench.preset.update, bench.preset.rollout.guidance_scale, Schedule(bench)
     adam = dict(betas=(settings.adam_beta1, settings.adam_beta2), eps=settings.adam_epsilon, weight_decay=settings.adam_weight_decay)
     policy_weights, critic_weights = list(bench.policy.trainable.values()), list(bench.critic.parameters())
-    optimizers = torch.optim.AdamW(policy_weights, lr=settings.learning_rate, **adam), torch.optim.AdamW(critic_weights, lr=settings.critic_learning_rate, **adam)
+    optimizers = (
+        torch.optim.AdamW(policy_weights, lr=settings.learning_rate, **adam),
+        torch.optim.AdamW(critic_weights, lr=settings.critic_learning_rate, **adam),
+    )
     half = bench.policy.unet.dtype == torch.float16
     scaler = torch.amp.GradScaler(bench.device.type, enabled=half and bench.device.type != "cpu")
     for weight in (*policy_weights, *critic_weights):

@@ -25,7 +25,8 @@ ADAPTER_PER_RANK = 199_296  # LoRA parameters of Stable Diffusion 1.x per rank: 
 SCORER_BYTES = {"aesthetic": 1.71e9, "pickscore": 3.94e9, "hpsv2": 3.94e9, "hpsv2.1": 3.94e9, "imagereward": 1.79e9}  # fp32
 SCORER_IMAGE_BYTES = 25e6  # activations of one image in a ViT-L or ViT-H, fp32
 CRITIC_BYTES = 4 * 4 * 1.2e6  # weights, gradients and Adam's two moments
-LIBRARIES = 0.75 * GiB  # a process with its libraries loaded, before any network
+LIBRARIES = 0.83 * GiB  # a process with its libraries loaded, before any network (docs/performance.md)
+CPU_COPIES = 2.0  # on a CPU: oneDNN's reordered copies and the allocator's gaps, measured there too
 CUDA_CONTEXT = 0.6 * GiB  # kernels and the libraries' workspaces on a GPU
 
 # kept for the backward pass, per element of a feature map, in numbers of the compute type

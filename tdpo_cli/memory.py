@@ -97,12 +97,14 @@ def phases(preset: Preset, processes: int = 1, plan: Plan = USUAL, gpu: bool = T
         images = 0
     rows = min(plan.micro_batch, -(-preset.update.batch_size // processes))
     parts = {
-        "sampling": resting + min(plan.sample_batch, mine) * guided * footprint.forward_bytes(nets, bytes_each),
-        "decoding": encoder + images + min(plan.decode_chunk, mine * preset.rollout.steps) * max(footprint.decode_bytes(nets, bytes_each), looked),
-        "scoring": scorer + images + min(plan.decode_chunk, mine) * looked,
-        "training": resting + rows * guided * footprint.backward_bytes(nets, bytes_each, plan.checkpointing),
+        "sampling": min(plan.sample_batch, mine) * guided * footprint.forward_bytes(nets, bytes_each),
+        "decoding": min(plan.decode_chunk, mine * preset.rollout.steps) * max(footprint.decode_bytes(nets, bytes_each), looked),
+        "scoring": min(plan.decode_chunk, mine) * looked,
+        "training": rows * guided * footprint.backward_bytes(nets, bytes_each, plan.checkpointing),
     }
-    return {name: int(always + part) for name, part in parts.items()}
+    resident = {"sampling": resting, "decoding": encoder + images, "scoring": scorer + images, "training": resting}
+    copies = 1.0 if gpu else footprint.CPU_COPIES
+    return {name: int(always + resident[name] + copies * part) for name, part in parts.items()}
 
 
 def choose(preset: Preset, limit: int | None, processes: int = 1, gpu: bool = True) -> Plan:

@@ -20,7 +20,17 @@ import setup  # noqa: E402
 import standin  # noqa: E402
 
 SMALL = dataclasses.replace(setup.SIZES["tiny"], samples=4, steps=2, batch=2)
-CONTRACT = ("training_ratio", "sampling_ratio", "epoch_ratio", "overhead", "ratio_drift", "standin_ratio_drift", "peak_memory_bytes", "sizes", "spreads")
+CONTRACT = (
+    "training_ratio",
+    "sampling_ratio",
+    "epoch_ratio",
+    "overhead",
+    "ratio_drift",
+    "standin_ratio_drift",
+    "peak_memory_bytes",
+    "sizes",
+    "spreads",
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +49,9 @@ def test_the_benchmark_has_the_contracts_fields_and_its_gate_holds(bench):
     assert all(row["epoch_gain"] > 0 for row in report["ladder"][1:])
 
 
-@pytest.mark.parametrize("wrong", [lambda gradient: gradient * 1.01, lambda gradient: gradient.roll(1), torch.zeros_like], ids=["1 % too long", "shuffled", "none"])
+@pytest.mark.parametrize(
+    "wrong", [lambda gradient: gradient * 1.01, lambda gradient: gradient.roll(1), torch.zeros_like], ids=["1 % too long", "shuffled", "none"]
+)
 def test_a_wrong_gradient_of_the_standin_fails_the_gate_and_nothing_is_timed(bench, wrong):
     report = epoch.measure(bench, 1, with_ladder=False, with_compile=False, tamper=wrong)
     assert not report["gate"]["holds"] and "gradient is another one" in report["gate"]["reasons"][0]

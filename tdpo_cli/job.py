@@ -81,7 +81,7 @@ def build(preset: Preset, world: World, micro_batch: int, plan: memory.Plan | No
     encoder = critic = None
     if preset.has_critic:
         encoder = critic_encoder(preset.reward.train, backbones, checkpoints)
-        critic = Critic(encoder.embed_dim, preset.algorithm.critic_init_std)
+        critic = Critic(encoder.embed_dim, preset.algorithm.critic_init_std, preset.algorithm.critic_activation)
         critic.initialise(randomness.initial_weights("critic"))
         critic.to(world.device)
     optimizers = make_optimizers(policy, critic, preset)

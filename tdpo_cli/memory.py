@@ -36,7 +36,8 @@ class Plan:
         extras = [name for name, used in (
             ("gradient checkpointing", self.checkpointing), ("scorers parked", self.park), ("trajectory offloaded", self.offload),
         ) if used]  # fmt: skip
-        return ", ".join([f"micro-batch {self.micro_batch}", f"sampling {self.sample_batch}", f"decoding {self.decode_chunk} at a time", *extras])
+        sizes = f"micro-batch {self.micro_batch}", f"sampling {self.sample_batch}", f"decoding {self.decode_chunk} at a time"
+        return ", ".join([*sizes, *extras])
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -66,6 +66,8 @@ class Algorithm:
     advantage_norm: Literal["global", "per-prompt", "none"] = knob("global", "statistics that standardise the advantages (tdpo, tdpo-r)")
     critic_coef: float = knob(1.0, "weight of the critic loss", at_least=0)
     critic_dropout: bool = knob(True, "dropout 0.2, 0.2, 0.1 behind the critic's first three layers while it trains")
+    critic_activation: Literal["none", "relu"] = knob("none", "between the critic's layers; the published critic has none, so it is linear")
+    critic_steps: int = knob(1, "optimizer steps of the critic per optimizer step of the policy, on the same batch; 1 is published", at_least=1)
     critic_init_std: float | None = knob(None, "standard deviation of the critic's initial and reset weights; default 1/(E+1)", above=0)
     reset_every: int = knob(10, "tdpo-r: epochs between neuron resets", at_least=1)
     reset_target: Literal["active", "dormant", "all", "none"] = knob("active", "tdpo-r: which neurons are re-initialised (dormant is ReDo)")

@@ -56,9 +56,11 @@ class Randomness:
         generator = self.generator("steps", epoch, inner)
         return torch.stack([torch.randperm(steps, generator=generator) for _ in range(n)])
 
-    def keep_masks(self, epoch: int, inner: int, step: int, rows: int, widths: Sequence[int], drop: Sequence[float]) -> list[Tensor] | None:
+    def keep_masks(
+        self, epoch: int, inner: int, step: int, rows: int, widths: Sequence[int], drop: Sequence[float], repeat: int = 0
+    ) -> list[Tensor] | None:
         """Dropout's keep masks for the critic at optimizer step `step` of an inner epoch. -> one [rows,width] bool per layer"""
-        generator = self.generator("dropout", epoch, inner, step)
+        generator = self.generator("dropout", epoch, inner, step, *([repeat] if repeat else []))
         return [torch.rand(rows, width, generator=generator) >= p for width, p in zip(widths, drop, strict=True)]
 
     # --- weights --------------------------------------------------------------------------------------------------------

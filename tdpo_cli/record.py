@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tdpo_cli import __version__, grid, memory, prompts, verdict
+from tdpo_cli import __version__, grid, memory, prompts, scoring, verdict
 from tdpo_cli.console import Console, duration, significant, size
 from tdpo_cli.errors import RequestError
 from tdpo_cli.job import Job
@@ -39,6 +39,8 @@ def row(
         whole = bool(known.isfinite().all())
         columns[f"rewards/{name}/mean"] = known.mean().item() if whole else None
         columns[f"rewards/{name}/std"] = known.std(correction=0).item() if whole else None
+    others = [scores[name] for name in job.preset.reward.watch if name not in verdict.TRUE_REWARDS]
+    columns["agreement"] = scoring.agreement(scores[job.preset.reward.train], others, everyone.prompts)
     columns |= means
     columns["critic_explained_variance"] = None
     if everyone.values is not None:

@@ -151,6 +151,8 @@ def update(
         optimizers.scaler.unscale_(optimizers.policy)
         observer.gradients(index)
         norms, skipped, overflowed = _step(policy, critic, optimizers, settings.max_grad_norm, policy_part[3], world)
+        if critic is not None and not skipped:
+            _more_critic_steps(critic, optimizers, everyone, credit, samples, ks, randomness, inner, index, preset)
         steps.append(Step(index, samples, ks, share, *policy_part, *critic_part, *norms, skipped, overflowed))
         observer.after_step(steps[-1])
     return steps
@@ -202,10 +204,25 @@ def _critic_backward(
     return values.detach(), losses.detach(), clipped
 
 
-def _keep_masks(randomness: Randomness, epoch: int, inner: int, index: int, rows: int, preset: Preset) -> list[Tensor] | None:
+def _more_critic_steps(
+    critic: Critic, optimizers: Optimizers, everyone: Trajectory, credit: Credit, samples: Tensor, ks: Tensor,
+    randomness: Randomness, inner: int, index: int, preset: Preset,
+) -> None:  # fmt: skip
+    """`algorithm.critic_steps` beyond the published one, on the same batch with fresh dropout; not finite: left out."""
+    for repeat in range(1, preset.algorithm.critic_steps):
+        optimizers.critic.zero_grad(set_to_none=True)
+        masks = _keep_masks(randomness, everyone.epoch, inner, index, len(samples), preset, repeat)
+        _critic_backward(critic, everyone, credit, samples, ks, masks, preset)
+        if torch.nn.utils.clip_grad_norm_(list(critic.parameters()), preset.update.max_grad_norm).isfinite():
+            optimizers.critic.step()
+
+
+def _keep_masks(
+    randomness: Randomness, epoch: int, inner: int, index: int, rows: int, preset: Preset, repeat: int = 0
+) -> list[Tensor] | None:
     if not preset.algorithm.critic_dropout:
         return None
-    return randomness.keep_masks(epoch, inner, index, rows, WIDTHS[: len(DROPOUT)], DROPOUT)
+    return randomness.keep_masks(epoch, inner, index, rows, WIDTHS[: len(DROPOUT)], DROPOUT, repeat)
 
 
 def _step(

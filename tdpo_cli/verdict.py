@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
+TRUE_REWARDS = frozenset({"gold"})  # the truth of the sandbox: never taken for a learned reward
+
+
 def rise(rows: Sequence[Mapping[str, Any]], reward: str) -> float | None:
     """Mean of the last fifth of the epochs minus mean of the first fifth, in units of epoch 0's standard deviation."""
     means = [row[f"rewards/{reward}/mean"] for row in rows]

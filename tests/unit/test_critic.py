@@ -30,6 +30,18 @@ def test_it_is_linear_the_product_of_its_matrices():
     assert critic(embeds()).allclose(embeds() @ product[0], atol=1e-5)
 
 
+def test_with_an_activation_it_is_that_of_every_layer_but_the_last():
+    critic = Critic(6, 0.2, "relu")
+    critic.initialise(torch.Generator().manual_seed(0))
+    x = embeds()
+    for i, layer in enumerate(critic.layers):
+        x = x @ layer.weight.T + layer.bias
+        x = x.clamp(min=0) if i < 4 else x
+    assert critic(embeds()).allclose(x[:, 0], atol=1e-6)
+    assert not critic(embeds()).allclose(made()(embeds()), atol=1e-3)
+    assert critic.state_dict().keys() == made().state_dict().keys()
+
+
 def test_biases_enter_every_layer():
     critic = made()
     with torch.no_grad():

@@ -58,7 +58,7 @@ CONTRACT_KEYS = {
     "critic_explained_variance", "ratio_drift", "updates", "skipped_steps", "dormant_fraction", "reset", "mean_kl",
     "seconds/rollout", "seconds/score", "seconds/update", "seconds/total", "images_per_second", "peak_memory_bytes",
 }  # fmt: skip
-MORE_KEYS = {"overflowed_steps", "dormant_overlap", "dormant_fraction_extra"}  # beyond the contract
+MORE_KEYS = {"agreement", "overflowed_steps", "dormant_overlap", "dormant_fraction_extra"}  # beyond the contract
 OF_THE_CRITIC = {"critic_loss", "critic_clip_fraction", "critic_grad_norm", "critic_explained_variance", "dormant_fraction", "reset", "dormant_overlap"}
 
 
@@ -164,7 +164,7 @@ def test_metrics_count_epochs_queries_and_updates(straight):
 
 def test_what_does_not_apply_is_null_and_nothing_else_is(straight):
     first, second = rows(straight)
-    unused = {"mean_kl", "dormant_fraction_extra"}
+    unused = {"mean_kl", "dormant_fraction_extra", "agreement"}  # no reference, no second threshold, no learned reward watched
     assert {key for key, value in first.items() if value is None} == unused | {"dormant_overlap"}  # nothing to overlap with yet
     assert {key for key, value in second.items() if value is None} == unused
 

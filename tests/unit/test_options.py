@@ -56,6 +56,8 @@ CHANGES_THE_RUN = {
     "algorithm.advantage_norm": ({}, ["per-prompt", "none"]),
     "algorithm.critic_coef": ({}, [0.0]),
     "algorithm.critic_dropout": ({}, [False]),
+    "algorithm.critic_activation": ({}, ["relu"]),
+    "algorithm.critic_steps": ({}, [3]),
     "algorithm.critic_init_std": ({}, [0.2, None]),
     "algorithm.reset_every": (TWO, [2]),
     "algorithm.reset_target": ({}, ["dormant", "all", "none"]),

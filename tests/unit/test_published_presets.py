@@ -36,6 +36,8 @@ PUBLISHED = {
     "algorithm.advantage_norm": "global",
     "algorithm.critic_coef": 1.0,
     "algorithm.critic_dropout": True,
+    "algorithm.critic_activation": "none",
+    "algorithm.critic_steps": 1,
     "algorithm.critic_init_std": None,  # 1/(E+1)
     "algorithm.reset_every": 10,
     "algorithm.reset_target": "active",

@@ -193,6 +193,24 @@ def test_dropout_can_be_switched_off():
     assert not Setup().run()[0].values.allclose(expected, atol=1e-4)
 
 
+def test_more_critic_steps_move_the_critic_alone():
+    runs = {}
+    for count in (1, 2):
+        runs[count] = Setup(algorithm__critic_steps=count, algorithm__critic_dropout=False, update__batch_size=6, update__timestep_fraction=0.4)
+        assert len(runs[count].run()) == 1
+    by_hand = Setup(algorithm__critic_dropout=False, update__batch_size=6, update__timestep_fraction=0.4)
+    by_hand.run()
+    embeds, returns, old = by_hand.everyone.image_embeds[:, 0], by_hand.credit.returns[:, 0], by_hand.everyone.values[:, 0]
+    by_hand.optimizers.critic.zero_grad()
+    critic_loss(by_hand.critic(embeds), old, returns, by_hand.preset.update.clip_range_critic)[0].mean().backward()
+    torch.nn.utils.clip_grad_norm_(by_hand.critic.parameters(), by_hand.preset.update.max_grad_norm)
+    by_hand.optimizers.critic.step()
+    for layer, expected, once in zip(runs[2].critic.layers, by_hand.critic.layers, runs[1].critic.layers, strict=True):
+        assert layer.weight.allclose(expected.weight, atol=1e-6)
+        assert not layer.weight.allclose(once.weight, atol=1e-4)
+    assert torch.equal(runs[1].policy.weight, runs[2].policy.weight)
+
+
 def test_critic_coef_scales_the_critics_gradient():
     norms = [Setup(algorithm__critic_coef=coef).run()[0].critic_grad_norm.item() for coef in (1.0, 0.25)]
     assert norms[1] == pytest.approx(norms[0] / 4, rel=1e-5)

@@ -22,7 +22,6 @@ from tdpo_cli.rewards import needed
 from tdpo_cli.sandbox import ZOO
 
 LEAST_DISK = 5e9  # bytes; a run folder with its images and states
-MARGIN = 0.9  # of the free memory; the rest is for what an estimate does not know
 # what models/sd.py reads of a pipeline; one weights file each, whatever variant it is
 BASE_MODEL = {
     "unet": ("config.json", "diffusion_pytorch_model.safetensors"),
@@ -84,16 +83,7 @@ def find_devices() -> list[dict[str, Any]]:
     return found
 
 
-def _main_memory() -> tuple[int | None, int | None]:
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return None, None
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return total, int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return total, None
+_main_memory = memory.main_memory
 
 
 # --- the preset ---------------------------------------------------------------------------------------------------------
@@ -103,9 +93,10 @@ def _preset(name: str, preset: Preset, devices: list[dict[str, Any]]) -> dict[st
     limits = [device["free_bytes"] or device["total_bytes"] for device in used]
     limit = None if None in limits else min(limits)
     count = len(used) if used[0]["device"] != "cpu" else 1
-    at_least = memory.estimate(preset, count, 1)
-    micro_batch = memory.micro_batch(preset, None if used[0]["device"] == "cpu" else limit, count)  # as training chooses it
-    fits = limit is None or at_least < MARGIN * limit
+    gpu = used[0]["device"] != "cpu"
+    at_least = min(memory.estimate(preset, count, plan, gpu) for plan in memory.ladder(preset, gpu))
+    fits = limit is None or at_least < memory.MARGIN * limit
+    plan = memory.choose(preset, memory.limit(preset, limit, gpu) if fits else None, count, gpu)  # as training chooses it
     files = _needed_files(preset)
     commands = needed.commands(files)
     problems = [f"{sum(file.path is None for file in files)} files of {name} are missing"] if commands else []
@@ -115,9 +106,10 @@ def _preset(name: str, preset: Preset, devices: list[dict[str, Any]]) -> dict[st
         "name": name,
         "devices": [device["device"] for device in used],
         "least_memory_bytes": at_least,
-        "memory_bytes": memory.estimate(preset, count, micro_batch),
+        "memory_bytes": memory.estimate(preset, count, plan, gpu),
         "free_memory_bytes": limit,
-        "micro_batch": micro_batch,
+        "micro_batch": plan.micro_batch,
+        "plan": plan.as_dict(),
         "fits": fits,
         **_files(files),
         "problems": problems,
@@ -177,7 +169,7 @@ def _show(report: dict[str, Any], console: Console) -> None:
     console.pairs([*devices, ("disk", f"{size(report['free_disk_bytes'])} free"), ("hub cache", report["hub"]["cache"] + offline)], title="machine")
     console.pairs([(name, _state(one)) for name, one in report["rewards"].items()], title="published rewards")
     one = report["preset"]
-    where = f"{', '.join(one['devices'])} at micro-batch {one['micro_batch']}"
+    where = f"{', '.join(one['devices'])} with {memory.Plan(**one['plan'])}"
     memory_line = f"about {size(one['memory_bytes'])} on {where}; {_size(one['free_memory_bytes'])} free"
     console.pairs([("files", _state(one)), ("memory", memory_line)], title=f"preset {one['name']}")
     verdict = "could run here now" if report["ok"] else "cannot run here yet: " + "; ".join(report["problems"])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from tdpo_cli import algorithms, models, prompts, scoring
+from tdpo_cli import algorithms, memory, models, prompts, scoring
 from tdpo_cli.critic import Critic
 from tdpo_cli.preset import Preset
 from tdpo_cli.randomness import Randomness
@@ -32,6 +32,8 @@ class Job:
     randomness: Randomness
     prompts: list[str]
     micro_batch: int
+    plan: memory.Plan
+    backbones: Backbones = field(default_factory=Backbones)
     updates: int = 0  # optimizer steps so far
     bad_steps: int = 0  # ... of which were skipped
 
@@ -59,8 +61,9 @@ class Job:
         self.updates, self.bad_steps = state["updates"], state["bad_steps"]
 
 
-def build(preset: Preset, world: World, micro_batch: int) -> Job:
+def build(preset: Preset, world: World, micro_batch: int, plan: memory.Plan | None = None) -> Job:
     """Load the networks and set up what trains. Raises RequestError for what the preset names and is not there."""
+    plan = plan or memory.Plan(micro_batch, micro_batch, memory.CPU_MICRO_BATCH)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = preset.model.tf32
     randomness = Randomness(preset.run.seed)
     prompt_list = prompts.load(preset.rollout.prompts)
@@ -69,7 +72,10 @@ def build(preset: Preset, world: World, micro_batch: int) -> Job:
         keep_reference=preset.needs_reference, randomness=randomness,
     )  # fmt: skip
     policy.set_schedule(preset.rollout.steps, preset.rollout.eta)
+    policy.cut_up(plan.checkpointing, preset.run.compile)
     backbones = Backbones(world.device)
+    if plan.park:
+        backbones.park()  # each network is on the device only while it is used
     checkpoints = scoring.checkpoints(preset.reward.zoo, preset.reward.checkpoints)
     rewards = scoring.load_rewards(preset.rewards, backbones, checkpoints)
     encoder = critic = None
@@ -80,5 +86,6 @@ def build(preset: Preset, world: World, micro_batch: int) -> Job:
         critic.to(world.device)
     optimizers = make_optimizers(policy, critic, preset)
     return Job(
-        preset, world, policy, rewards, encoder, critic, optimizers, algorithms.make(preset), randomness, prompt_list, micro_batch
-    )
+        preset, world, policy, rewards, encoder, critic, optimizers, algorithms.make(preset), randomness, prompt_list,
+        plan.micro_batch, plan, backbones,
+    )  # fmt: skip

@@ -117,6 +117,8 @@ class Run:
     preview_images: int = knob(4, "images of fixed prompts and noise per epoch", at_least=0)
     trackers: tuple[str, ...] = knob((), "where every epoch is also sent: tensorboard, wandb (extras of the same names)")
     micro_batch: int | None = knob(None, "samples per network call on one device; default from memory; never changes the result", at_least=1)
+    memory_limit: str | None = knob(None, "bytes a process may use, as 12GB, or auto (what is free); it chooses how the work is cut up, never the result")
+    compile: bool = knob(False, "compile the UNet's transformer blocks (torch.compile): minutes at the start, faster afterwards on a GPU")
     max_bad_steps: int = knob(10, "optimizer steps with a non-finite loss or gradient before the run stops", at_least=1)
 
 

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tdpo_cli import __version__, grid, prompts, scoring, verdict
-from tdpo_cli.console import Console, duration, significant
+from tdpo_cli import __version__, grid, memory, prompts, scoring, verdict
+from tdpo_cli.console import Console, duration, significant, size
 from tdpo_cli.errors import RequestError
 from tdpo_cli.job import Job
 from tdpo_cli.model_card import model_card
@@ -85,7 +85,8 @@ def preview(job: Job, folder: RunDir, title: str, file: str) -> None:
         return
     shown = [job.prompts[i % len(job.prompts)] for i in range(count)]
     batches = generate(
-        job.policy, shown, range(count), Randomness(job.preset.run.seed, "preview"), job.preset.rollout.guidance_scale, job.micro_batch
+        job.policy, shown, range(count), Randomness(job.preset.run.seed, "preview"), job.preset.rollout.guidance_scale, job.plan.sample_batch,
+        decode_chunk=job.plan.decode_chunk,
     )
     images = [grid.to_pil(image) for batch in batches for image in batch]
     folder.save_image(file, grid.draw(images, shown, columns=min(count, 4), title=title))
@@ -112,6 +113,9 @@ def environment(job: Job, first_epoch: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "world_size": job.world.size,
         "micro_batch": job.micro_batch,
+        "plan": job.plan.as_dict(),
+        "memory_limit": job.preset.run.memory_limit,
+        "predicted_memory_bytes": memory.estimate(job.preset, job.world.size, job.plan, device.type == "cuda"),
     }
 
 
@@ -138,7 +142,8 @@ def header(job: Job, out: Path, first_epoch: int) -> Sequence[tuple[str, str]]:
         ("samples per epoch", f"{preset.rollout.samples_per_epoch}, {preset.rollout.steps} denoising steps each"),
         ("optimizer steps", f"{preset.updates_per_epoch} per epoch, {preset.update.batch_size} samples each"),
         ("epochs", f"{epochs}; {preset.reward_queries:,} reward queries in all"),
-        ("device", f"{world.device}, {world.size} process{'es' if world.size > 1 else ''}, micro-batch {job.micro_batch}"),
+        ("device", f"{world.device}, {world.size} process{'es' if world.size > 1 else ''}"),
+        ("plan", f"{job.plan}; about {size(memory.estimate(preset, world.size, job.plan, world.device.type == 'cuda'))} of memory"),
         ("run folder", f"{out}"),
     ]
     if preset.algorithm.name == "tdpo-r":

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from tdpo_cli.critic import Critic
 from tdpo_cli.models import Policy
+from tdpo_cli.placement import room, send
 from tdpo_cli.randomness import Randomness
 from tdpo_cli.rewards.backbones import ImageEncoder
 from tdpo_cli.types import Trajectory, Transition
@@ -24,7 +26,8 @@ def denoise(
     for k in range(len(policy.timesteps)):
         step = torch.full((len(x_t),), k, device=x_t.device)
         transition = policy.transition(x_t, step, embeds, guidance)
-        x_next = transition.sample(noise(k).to(x_t))
+        # drawn while a GPU still computes the transition
+        x_next = transition.sample(send(noise(k), x_t.device))
         yield k, x_t, transition, x_next
         x_t = x_next
 
@@ -37,6 +40,7 @@ def generate(
     guidance: float,
     batch_size: int,
     on_step: Callable[[int], None] = lambda samples: None,
+    decode_chunk: int | None = None,
 ) -> Iterator[Tensor]:
     """Images of prompts, a batch at a time. Noise depends on (randomness, sample id) only. Yields [b,3,H,W] in [0,1]."""
     for start in range(0, len(prompts), batch_size):
@@ -47,7 +51,7 @@ def generate(
             noise = lambda k, ids=ids: randomness.step_noise(0, k, ids, policy.latent_shape)  # noqa: E731
             for _, _, _, x in denoise(policy, embeds, x, noise, guidance):
                 on_step(len(ids))
-            images = policy.decode(x)
+            images = torch.cat([policy.decode(chunk) for chunk in x.split(decode_chunk or len(x))])
         yield images.clone()
 
 
@@ -63,33 +67,43 @@ def rollout(
     reference: bool,
     micro_batch: int,
     on_step: Callable[[int], None] = lambda samples: None,
+    decode_chunk: int = DECODE_CHUNK,
+    offload: bool = False,
+    looking: AbstractContextManager = nullcontext(),
 ) -> Trajectory:
-    """One sample per id: its prompt drawn from `prompts`, its noise from the randomness. `on_step` hears of finished steps."""
+    """One sample per id: its prompt drawn from `prompts`, its noise from the randomness.
+
+    `micro_batch` samples are denoised, `decode_chunk` images decoded at a time. With `offload` latents and images wait in
+    main memory. `on_step` hears of finished steps; the image encoder is used within `looking`.
+    """
     drawn = randomness.prompts(epoch, sample_ids, prompts)
-    shape = policy.latent_shape
-    latents, log_probs, ref_log_probs = [], [], []
+    shape, count, steps = policy.latent_shape, len(sample_ids), len(policy.timesteps)
+    # made outside inference mode, so ordinary tensors, which the update may save for its backward pass; filled in place, once
+    latents = room((count, steps + 1, *shape), policy.device, offload)
+    log_probs = torch.empty(count, steps, device=policy.device)
+    ref_log_probs = torch.empty(count, steps, device=policy.device) if reference else None
     with torch.inference_mode():
         prompt_embeds = policy.encode(drawn)
-        for start in range(0, len(sample_ids), micro_batch):
-            ids = sample_ids[start : start + micro_batch]
-            embeds = prompt_embeds[start : start + micro_batch]
-            x_T = randomness.initial_latents(epoch, ids, shape).to(policy.device)
+        for start in range(0, count, micro_batch):
+            batch = slice(start, start + micro_batch)
+            ids, embeds = sample_ids[batch], prompt_embeds[batch]
+            x_T = send(randomness.initial_latents(epoch, ids, shape), policy.device)
             noise = lambda k, ids=ids: randomness.step_noise(epoch, k, ids, shape)  # noqa: E731
-            states, densities, ref_densities = [x_T], [], []
+            latents[batch, 0].copy_(x_T, non_blocking=True)
             for k, x_t, transition, x_next in denoise(policy, embeds, x_T, noise, guidance):
-                states.append(x_next)
-                densities.append(transition.log_prob(x_next))
-                if reference:
+                latents[batch, k + 1].copy_(x_next, non_blocking=True)
+                log_probs[batch, k] = transition.log_prob(x_next)
+                if ref_log_probs is not None:
                     step = torch.full((len(x_t),), k, device=x_t.device)
-                    ref_densities.append(policy.transition(x_t, step, embeds, guidance, reference=True).log_prob(x_next))
+                    ref_log_probs[batch, k] = policy.transition(x_t, step, embeds, guidance, reference=True).log_prob(x_next)
                 on_step(len(ids))
-            latents.append(torch.stack(states, dim=1))
-            log_probs.append(torch.stack(densities, dim=1))
-            ref_log_probs += [torch.stack(ref_densities, dim=1)] if reference else []
-        images = torch.cat([policy.decode(chunk) for chunk in torch.cat([x[:, -1] for x in latents]).split(DECODE_CHUNK)])
-    # torch.cat outside inference mode makes ordinary tensors, which the update may save for its backward pass
-    latents = torch.cat(latents)
-    image_embeds, values = _look(policy, critic, encoder, latents) if critic is not None and encoder is not None else (None, None)
+        if policy.device.type == "cuda" and offload:
+            torch.cuda.current_stream(policy.device).synchronize()  # copies to main memory are under way until now
+        images = _decoded(policy, latents, decode_chunk, offload)
+    image_embeds = values = None
+    if critic is not None and encoder is not None:
+        with looking:
+            image_embeds, values = _look(policy, critic, encoder, latents, decode_chunk)
     return Trajectory(
         epoch=epoch,
         prompts=tuple(drawn),
@@ -98,23 +112,30 @@ def rollout(
         prompt_embeds=prompt_embeds.clone(),
         timesteps=policy.timesteps.clone(),
         latents=latents,
-        log_probs=torch.cat(log_probs),
-        ref_log_probs=torch.cat(ref_log_probs) if reference else None,
+        log_probs=log_probs,
+        ref_log_probs=ref_log_probs,
         image_embeds=image_embeds,
         values=values,
         images=images.clone(),
     )
 
 
-def _look(policy: Policy, critic: Critic, encoder: ImageEncoder, latents: Tensor) -> tuple[Tensor, Tensor]:
+def _decoded(policy: Policy, latents: Tensor, chunk: int, offload: bool) -> Tensor:
+    """The final images [B,3,H,W], a chunk at a time; in main memory if they are to be offloaded."""
+    parts = (policy.decode(part) for part in latents[:, -1].split(chunk))
+    return torch.cat([part.cpu() if offload else part for part in parts])
+
+
+def _look(policy: Policy, critic: Critic, encoder: ImageEncoder, latents: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
     """What the critic sees of, and says to, the state before every step; the final latent is not looked at.
 
     After the denoising loop and in chunks: sampling does not need the values.
     """
     samples, states = latents.shape[:2]
-    flat = latents[:, :-1].flatten(0, 1)
+    pairs = torch.arange(samples * (states - 1), device=latents.device)  # rows of a chunk are gathered, never a second copy of all
     with torch.inference_mode():
-        embeds = torch.cat([encoder(policy.decode(chunk)) for chunk in flat.split(DECODE_CHUNK)])
+        parts = (latents[part // (states - 1), part % (states - 1)] for part in pairs.split(chunk))
+        embeds = torch.cat([encoder(policy.decode(send(part, policy.device))) for part in parts])
         values = critic(embeds)
     return embeds.clone().unflatten(0, (samples, states - 1)), values.clone().unflatten(0, (samples, states - 1))
 

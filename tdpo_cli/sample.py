@@ -56,13 +56,14 @@ def run(
     digits = max(4, len(str(len(texts) - 1)))
     names = [f"{number:0{digits}d}-{_slug(text)}.png" for number, text in enumerate(texts)]
     free = torch.cuda.mem_get_info(team.device)[0] if team.device.type == "cuda" else None
-    batch_size = batch_size or memory.micro_batch(source.preset, free)
+    batch_size = batch_size or memory.sample_batch(source.preset, free)
+    decode_chunk = memory.DECODED if team.device.type == "cuda" else None
     mine = team.mine(len(texts))
     try:
         out.mkdir(parents=True, exist_ok=True)
         with console.progress("sampling", len(mine) * settings.steps) as advance:
             own = [texts[i] for i in mine]
-            batches = generate(policy, own, mine, Randomness(seed, "sample"), settings.guidance_scale, batch_size, advance)
+            batches = generate(policy, own, mine, Randomness(seed, "sample"), settings.guidance_scale, batch_size, advance, decode_chunk)
             for number, image in zip(mine, (image for batch in batches for image in batch), strict=True):
                 grid.to_pil(image).save(out / names[number])
         team.close()

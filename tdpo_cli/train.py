@@ -39,30 +39,31 @@ def run(preset: Preset, out: Path, resume: bool, console: Console, device: str |
         folder.must_be_free()
     if world.is_main:
         trackers.check(preset.run.trackers)
-    micro_batch = _micro_batch(preset, world, folder, resume)
+    plan = _plan(preset, world, folder, resume)
     while True:
         try:
             with trackers.started(preset, folder, console, world.is_main) as track:
-                report = _run(preset, world, folder, resume, micro_batch, console, started, track)
+                report = _run(preset, world, folder, resume, plan, console, started, track)
             world.close()
             return report
         except (MemoryError, RuntimeError) as error:
             if not memory.exhausted(error):
                 raise
-            micro_batch = min(micro_batch, len(world.mine(preset.rollout.samples_per_epoch)))
-            if preset.run.micro_batch is not None or micro_batch == 1 or world.size > 1:
+            samples = len(world.mine(preset.rollout.samples_per_epoch))
+            smaller = plan.smaller(samples)
+            if preset.run.micro_batch is not None or smaller is None or world.size > 1:
                 reason = (str(error).strip() or "out of memory").splitlines()[0]
                 saved = " The last finished epoch is safe on disk." if folder.holds_a_run else ""
-                raise WorkError(f"out of memory: {reason}\n{memory.advice(preset, micro_batch)}{saved}") from error
-        micro_batch //= 2
-        console.warn(f"out of memory; going on from the last finished epoch with a micro-batch of {micro_batch}.")
+                raise WorkError(f"out of memory: {reason}\n{memory.advice(preset, min(plan.micro_batch, samples))}{saved}") from error
+        plan, recomputing = smaller, " and gradient checkpointing" if smaller.checkpointing else ""
+        console.warn(f"out of memory; going on from the last finished epoch with a micro-batch of {plan.micro_batch}{recomputing}.")
         gc.collect()  # the networks of the attempt that failed; all are built anew
         torch.cuda.empty_cache()
         resume = folder.holds_a_run
 
 
 def _run(
-    preset: Preset, world: World, folder: RunDir, resume: bool, micro_batch: int, console: Console, started: float, track: Callable[[], None]
+    preset: Preset, world: World, folder: RunDir, resume: bool, plan: memory.Plan, console: Console, started: float, track: Callable[[], None]
 ) -> dict[str, Any]:
     out, warn = folder.path, console.warn if world.is_main else lambda text: None
     # read by the main process alone: the others may not see its disk
@@ -80,7 +81,7 @@ def _run(
         return record.summary(preset, folder, time.perf_counter() - started) if world.is_main else {}
 
     with world.first_on_each_machine() if may_download() else contextlib.nullcontext():
-        job = build(preset, world, micro_batch)
+        job = build(preset, world, plan.micro_batch, plan)
     if loaded:
         job.load_state_dict(loaded[1])
     if world.is_main:
@@ -123,16 +124,18 @@ def _run(
 def _epoch(job: Job, epoch: int, console: Console) -> dict[str, Any]:
     """One epoch, as the paper tells it. -> its row of metrics.jsonl"""
     preset, world, seconds = job.preset, job.world, {}
-    ids = world.mine(preset.rollout.samples_per_epoch)
+    ids, plan = world.mine(preset.rollout.samples_per_epoch), job.plan
     start = time.perf_counter()
 
     with console.timed(seconds, "rollout"), console.progress(f"epoch {epoch}: sampling", len(ids) * preset.rollout.steps) as advance:
         trajectory = rollout(
             job.policy, job.critic, job.encoder, job.randomness, job.prompts, epoch, ids,
-            preset.rollout.guidance_scale, preset.needs_reference, job.micro_batch, advance,
+            preset.rollout.guidance_scale, preset.needs_reference, plan.sample_batch, advance,
+            decode_chunk=plan.decode_chunk, offload=plan.offload, looking=job.backbones.awake(job.encoder),
         )  # fmt: skip
     with console.timed(seconds, "score"), console.progress(f"epoch {epoch}: scoring", len(ids) * len(job.rewards)) as advance:
         everyone, scores = world.gather(trajectory, _scores(job, trajectory, advance))
+        del trajectory  # and with it the images
         _report_faults(job, everyone, scores, console)
 
     with console.timed(seconds, "update"), console.progress(f"epoch {epoch}: updating", preset.updates_per_epoch) as advance:
@@ -202,7 +205,8 @@ def _scores(job: Job, trajectory: Trajectory, advance: Callable[[int], None]) ->
     scores = {}
     for name, reward in job.rewards.items():
         try:
-            scores |= scoring.score_images({name: reward}, trajectory.images, trajectory.prompts, job.micro_batch, advance)
+            with job.backbones.awake(reward):
+                scores |= scoring.score_images({name: reward}, trajectory.images, trajectory.prompts, job.plan.decode_chunk, advance)
         except Exception as error:
             if isinstance(error, RequestError) or memory.exhausted(error):
                 raise
@@ -235,13 +239,19 @@ def _named(prompts: Iterable[str]) -> str:
     return ", ".join(map(repr, distinct[:3])) + (", ..." if len(distinct) > 3 else "")
 
 
-def _micro_batch(preset: Preset, world: World, folder: RunDir, resume: bool) -> int:
-    """Samples per network call, the same on every process."""
+def _plan(preset: Preset, world: World, folder: RunDir, resume: bool) -> memory.Plan:
+    """How the work is cut up, the same on every process: as it was when the run stopped, unless another limit is asked for."""
+    gpu = world.device.type == "cuda"
     recorded = world.from_main(folder.read_environments() if resume and world.is_main else [])
-    if recorded:
-        return recorded[-1]["micro_batch"]
-    free = torch.cuda.mem_get_info(world.device)[0] if world.device.type == "cuda" else None
-    return int(world.min(torch.tensor(memory.micro_batch(preset, free, world.size))))
+    if recorded and recorded[-1].get("memory_limit") == preset.run.memory_limit:
+        before = recorded[-1]
+        micro_batch = before["micro_batch"]
+        return memory.Plan(**before.get("plan", {"micro_batch": micro_batch, "sample_batch": micro_batch, "decode_chunk": memory.CPU_MICRO_BATCH}))
+    free = torch.cuda.mem_get_info(world.device)[0] if gpu else memory.main_memory()[1]
+    limit = memory.limit(preset, free, gpu)
+    if limit is not None:
+        limit = int(world.min(torch.tensor(limit)))
+    return memory.choose(preset, limit, world.size, gpu)
 
 
 def _warn_about_long_prompts(job: Job, console: Console) -> None:

@@ -47,7 +47,7 @@ class Trajectory:
     ref_log_probs: Tensor | None  # [B,T], the same transitions under the initial policy
     image_embeds: Tensor | None  # [B,T,E], of the state before each step; None without a critic
     values: Tensor | None  # [B,T], the critic's estimate of the return; None without a critic
-    images: Tensor  # [B,3,H,W] float32 in [0,1], the final images; none once several processes have joined theirs
+    images: Tensor  # [B,3,H,W] float32 in [0,1], the final images; none any more once they are scored
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from tdpo_cli.critic import DROPOUT, WIDTHS, Critic
 from tdpo_cli.errors import RequestError, WorkError
 from tdpo_cli.models import Policy
+from tdpo_cli.placement import rows, send
 from tdpo_cli.preset import Preset
 from tdpo_cli.randomness import Randomness
 from tdpo_cli.types import Credit, ShufflePlan, Trajectory
@@ -134,6 +135,7 @@ def update(
 ) -> list[Step]:
     """Walk the plan, one optimizer step per effective batch. Every process takes its share of each batch's network calls."""
     settings, steps = preset.update, []
+    everyone, credit = _brought(everyone, policy.device), _brought(credit, policy.device)
     all_timesteps = preset.algorithm.update_mode == "all-timesteps"
     for index, (samples, ks) in enumerate(plan.optimizer_steps(settings.batch_size, all_timesteps)):
         observer.before_step(index, samples, ks)
@@ -156,6 +158,12 @@ def update(
     return steps
 
 
+def _brought(record: Trajectory | Credit, device: torch.device) -> Trajectory | Credit:
+    """The small columns on the device, once and not at every micro-step; latents stay where they are."""
+    columns = {name: value for name, value in vars(record).items() if isinstance(value, Tensor) and name not in ("latents", "images", "sample_ids")}
+    return replace(record, **{name: send(value, device) for name, value in columns.items()})
+
+
 def _policy_backward(
     policy: Policy, optimizers: Optimizers, everyone: Trajectory, credit: Credit,
     samples: Tensor, ks: Tensor, total: int, preset: Preset, micro_batch: int,
@@ -167,12 +175,14 @@ def _policy_backward(
     guidance = preset.rollout.guidance_scale if preset.update.guidance else 1.0
     device, parts = policy.device, []
     for sample, k in zip(samples.split(micro_batch), ks.split(micro_batch), strict=True) if len(samples) else ():
-        x_t, x_next = everyone.latents[sample, k].to(device), everyone.latents[sample, k + 1].to(device)
-        transition = policy.transition(x_t, k.to(device), everyone.prompt_embeds[sample].to(device), guidance)
+        stored = rows(everyone.latents, sample, k)
+        x_t, x_next = (send(everyone.latents[stored[0], stored[1] + next_], device) for next_ in (0, 1))
+        sample, k = send(sample, device), send(k, device)
+        transition = policy.transition(x_t, k, everyone.prompt_embeds[sample], guidance)
         log_prob = transition.log_prob(x_next)
-        log_ratio = log_prob - everyone.log_probs[sample, k].to(device)
+        log_ratio = log_prob - everyone.log_probs[sample, k]
         ratio = log_ratio.exp()
-        losses, clipped = policy_loss(ratio, credit.advantages[sample, k].to(device), preset.update.clip_range)
+        losses, clipped = policy_loss(ratio, credit.advantages[sample, k], preset.update.clip_range)
         optimizers.scaler.scale(losses.sum() / total).backward()
         parts.append((log_prob.detach(), log_ratio.detach(), ratio.detach(), losses.detach(), clipped))
     if not parts:  # more processes than pairs
@@ -186,8 +196,9 @@ def _critic_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The critic is tiny: every process computes the whole batch on an identical replica. -> values, losses, clipped; [n]"""
     device = critic.layers[0].weight.device
-    values = critic(everyone.image_embeds[samples, ks].to(device), None if masks is None else [m.to(device) for m in masks])
-    old_values, returns = everyone.values[samples, ks].to(device), credit.returns[samples, ks].to(device)
+    samples, ks = send(samples, device), send(ks, device)
+    values = critic(everyone.image_embeds[samples, ks], None if masks is None else [send(mask, device) for mask in masks])
+    old_values, returns = everyone.values[samples, ks], credit.returns[samples, ks]
     losses, clipped = critic_loss(values, old_values, returns, preset.update.clip_range_critic)
     (preset.algorithm.critic_coef * losses.mean()).backward()
     return values.detach(), losses.detach(), clipped

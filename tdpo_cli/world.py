@@ -51,8 +51,9 @@ class World:
     # --- exchanges ------------------------------------------------------------------------------------------------------
     def gather(self, trajectory: Trajectory, scores: dict[str, Tensor]) -> tuple[Trajectory, dict[str, Tensor]]:
         """Everyone's samples and scores, ordered by sample id, on every process; but the images, which nobody needs any more."""
+        nothing = trajectory.images.new_empty(0, *trajectory.images.shape[1:])
         if self.size == 1:
-            return trajectory, scores
+            return dataclasses.replace(trajectory, images=nothing), scores
         texts: list[Any] = [None] * self.size
         with _exchange("prompts"):
             torch.distributed.all_gather_object(texts, (trajectory.prompts, trajectory.prompt_keys), group=self.cpu_group)
@@ -62,7 +63,6 @@ class World:
         columns |= {f"scores/{name}": score for name, score in scores.items()}
         whole = self._gather_rows(columns, [len(theirs) for theirs, _ in texts])
         gathered_scores = {name: whole.pop(f"scores/{name}") for name in scores}
-        nothing = trajectory.images[:0]
         return dataclasses.replace(trajectory, prompts=prompts, prompt_keys=keys, images=nothing, **whole), gathered_scores
 
     def _gather_rows(self, columns: dict[str, Tensor], counts: list[int]) -> dict[str, Tensor]:

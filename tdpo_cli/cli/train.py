@@ -37,6 +37,9 @@ def train(
     main_address: Annotated[Optional[str], typer.Option(metavar="HOST:PORT", help="Where machine 0 can be reached.")] = None,
     checkpoint: options.CheckpointOption = None,
     zoo: options.ZooOption = None,
+    memory_limit: Annotated[
+        Optional[str], typer.Option(metavar="SIZE|auto", help="Cut up the work so that a process stays below this, as 12GB. The result stays the same.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen; write nothing.")] = False,
     json_: options.JsonFlag = False,
     quiet: options.QuietFlag = False,
@@ -45,7 +48,7 @@ def train(
     overrides = options.overrides(set_, checkpoint, zoo)
     given = {
         "algorithm.name": algorithm, "run.seed": seed, "run.epochs": epochs, "run.stop_on_overoptimisation": stop_on_overoptimisation,
-        "run.trackers": tracker,
+        "run.trackers": tracker, "run.memory_limit": memory_limit,
     }  # fmt: skip
     overrides += [(key, value) for key, value in given.items() if value is not None]
     if resume:
@@ -78,7 +81,8 @@ def train(
         print(json.dumps(report))
 
 
-RESUMABLE = ("run.epochs", "run.save_every", "run.keep_last", "run.stop_on_overoptimisation", "run.trackers")  # what may change when a run goes on
+# what may change when a run goes on
+RESUMABLE = ("run.epochs", "run.save_every", "run.keep_last", "run.stop_on_overoptimisation", "run.trackers", "run.memory_limit")
 
 
 def _resumed(out: Path | None, preset: str | None, overrides: list[tuple[str, Any]]) -> presets.Preset:
@@ -102,11 +106,15 @@ def _resumed(out: Path | None, preset: str | None, overrides: list[tuple[str, An
 def _dry_run(preset: presets.Preset, as_json: bool) -> None:
     from tdpo_cli import memory
 
+    # which device there is, nobody has asked: the usual plan of a GPU, or the one that the limit allows
+    gpu = preset.model.base != "sandbox"
+    limit = memory.limit(preset, memory.main_memory()[1] if not gpu else None, gpu) if preset.run.memory_limit else None
+    plan = memory.choose(preset, limit, gpu=gpu) if limit is not None else memory.USUAL
     shares = {
         count: {
             "samples": -(-preset.rollout.samples_per_epoch // count),
             "samples_per_optimizer_step": -(-preset.update.batch_size // count),
-            "peak_memory_bytes": memory.estimate(preset, count),
+            "peak_memory_bytes": memory.estimate(preset, count, plan, gpu),
         }
         for count in (1, 8)
     }
@@ -116,7 +124,8 @@ def _dry_run(preset: presets.Preset, as_json: bool) -> None:
         "effective_batch": preset.update.batch_size,
         "updates_per_epoch": preset.updates_per_epoch,
         "reward_queries": preset.reward_queries,
-        "peak_memory_bytes": memory.estimate(preset),
+        "plan": plan.as_dict(),
+        "peak_memory_bytes": memory.estimate(preset, plan=plan, gpu=gpu),
         "per_device": shares,
     }
     if as_json:
@@ -135,7 +144,7 @@ def _dry_run(preset: presets.Preset, as_json: bool) -> None:
             ("reward queries", f"{preset.reward_queries:,}"),
             ("on 1 device", shown[1]),
             ("on each of 8", shown[8]),
-            ("memory", "an estimate, at micro-batch 4; the micro-batch is chosen from free memory and never changes the result"),
+            ("memory", f"an estimate, with {plan}; the plan is chosen from free memory and never changes the result"),
         ],
         title="dry run: nothing is written",
     )

@@ -74,7 +74,7 @@ def _request(
         "prompt_source": source,
         "prompts": texts,
         "rewards": models.shared_rewards(wanted, presets),
-        "batch_size": batch_size or min(BATCH_SIZE, *(memory.micro_batch(one, free) for one in presets)),
+        "batch_size": batch_size or min(BATCH_SIZE, *(memory.sample_batch(one, free) for one in presets)),
         "models": [asdict(model) for model in found],
     }
     if before is None:

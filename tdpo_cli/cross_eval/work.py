@@ -78,7 +78,8 @@ def do(
                 loaded = number
             texts = [prompt for prompt in prompts[first:end] for _ in range(per_prompt)]
             ids = range(first * per_prompt, end * per_prompt)
-            batches = generate(policy, texts, ids, Randomness(seed, PURPOSE), model.sampling.guidance_scale, batch_size, advance)
+            decode_chunk = memory.DECODED if device.type == "cuda" else None
+            batches = generate(policy, texts, ids, Randomness(seed, PURPOSE), model.sampling.guidance_scale, batch_size, advance, decode_chunk)
             pictures = [grid.to_pil(image) for batch in batches for image in batch]
             # scored as they are on disk, in 8 bits, so that anyone can score the files again
             images = torch.stack([torch.from_numpy(np.array(picture)) for picture in pictures]).permute(0, 3, 1, 2).to(device).float() / 255

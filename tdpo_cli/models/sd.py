@@ -116,6 +116,16 @@ class StableDiffusion:
         scaled = latents.to(self.device, torch.float32) / self.vae.config.scaling_factor
         return (self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
 
+    # --- memory and speed ---------------------------------------------------------------------------------------------
+    def cut_up(self, checkpointing: bool, compile: bool) -> None:
+        """Recompute activations in the backward pass; compile the UNet's repeated blocks. Raises RequestError without a compiler."""
+        if checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        if compile:
+            if not hasattr(self.unet, "compile_repeated_blocks"):
+                raise RequestError("run.compile needs a newer diffusers: pip install -U diffusers, or --set run.compile=false.")
+            self.unet.compile_repeated_blocks()
+
     # --- weights --------------------------------------------------------------------------------------------------------
     def train_lora(self, rank: int, generator: torch.Generator) -> None:
         lora.attach(self.unet, rank, generator)
@@ -187,6 +197,10 @@ def load(
     must_fit(source, unet, vae, text_encoder, tokenizer)
     for network in (text_encoder, vae, unet):
         network.requires_grad_(False).eval().to(device)
+    if device.type == "cuda":
+        # what convolutions on tensor cores want; on a CPU it gains nothing (benchmarks/ladder.py)
+        vae.to(memory_format=torch.channels_last)
+        unet.to(memory_format=torch.channels_last)
     policy = StableDiffusion(unet, vae, text_encoder, tokenizer, scheduler_config, device, negative_prompt)
     if trainable:
         _make_trainable(policy, model, dtype, keep_reference, randomness or Randomness(0))

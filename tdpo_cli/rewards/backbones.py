@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+import contextlib
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -83,6 +84,18 @@ class Backbones:
         self._parked = False
         for network in self._held.values():
             network.move(self.device)
+
+    @contextlib.contextmanager
+    def awake(self, user: object) -> Iterator[None]:
+        """While they are parked: the networks of one reward, or one encoder, are on the device for the time of the block."""
+        used = [network for network in (user, *vars(user).values()) if isinstance(network, Frozen)] if self._parked and user is not None else []
+        for network in used:
+            network.move(self.device)
+        try:
+            yield
+        finally:
+            for network in used:
+                network.move(torch.device("cpu"))
 
 
 def critic_encoder(reward_name: str, backbones: Backbones, checkpoints: Mapping[str, str]) -> ImageEncoder:

@@ -191,7 +191,7 @@ def run(finished, elsewhere):
 )
 def test_a_changed_preset_is_refused_and_the_difference_said(arguments, message, run):
     said = refused(tdpo("train", "--resume", "--out", run, "--epochs", 2, *arguments))
-    assert "a resumed run keeps its preset (only run.epochs, run.save_every, run.keep_last may change)" in said and message in said
+    assert "a resumed run keeps its preset (only run.epochs, run.save_every, run.keep_last, run.memory_limit may change)" in said and message in said
     assert "run.epochs: the run has" not in said
 
 

@@ -18,13 +18,13 @@ LEVELS = {
     "a run": ["record", "job", "score_work", "trackers", "model_card", "comparison", "figures", "run_page"],
     "parts of an epoch": ["algorithms", "rollout", "update", "verdict", "scoring", "checkpoints"],
     "pieces": [
-        "models", "rewards", "critic", "moments", "reset", "kl", "prompts", "run_dir", "memory", "sandbox", "grid", "image_folder",
+        "models", "rewards", "critic", "moments", "reset", "kl", "prompts", "run_dir", "memory", "footprint", "sandbox", "grid", "image_folder",
         "pages",
     ],
-    "ground": ["types", "world", "preset", "settings", "errors", "randomness", "console", "stopping", "__init__"],
+    "ground": ["types", "world", "preset", "settings", "errors", "randomness", "console", "stopping", "placement", "__init__"],
 }  # fmt: skip
 SIBLINGS_APART = ["commands", "parts of an epoch"]
-WITHOUT_TORCH = ["cli", "preset", "settings", "memory", "prompts", "errors", "console"]
+WITHOUT_TORCH = ["cli", "preset", "settings", "memory", "footprint", "prompts", "errors", "console"]
 
 RANK = {module: rank for rank, modules in enumerate(reversed(LEVELS.values())) for module in modules}
 LEVEL_OF = {module: level for level, modules in LEVELS.items() for module in modules}

@@ -378,6 +378,26 @@ def optimizer(monkeypatch):
     assert type(optimizers.policy) is fake.AdamW8bit and type(optimizers.critic) is torch.optim.AdamW
 
 
+def memory_limit(tmp_path):
+    """run.memory_limit: a smaller plan, written down; the same result."""
+    preset = settings_of({"rollout.prompts": str(two_prompts())})
+    tight = memory.estimate(preset, 1, memory.CPU_LADDER[-1], gpu=False)
+    train.run(presets.override(preset, [("run.memory_limit", str(tight))]), tmp_path / "tight", False, Console(quiet=True), "cpu")
+    entry = json.loads((tmp_path / "tight" / "env.json").read_text())[0]
+    assert entry["micro_batch"] == entry["plan"]["micro_batch"] == 1 and entry["memory_limit"] == str(tight)
+    row, roomy = json.loads((tmp_path / "tight" / "metrics.jsonl").read_text()), run_with({})["rows"][0]
+    for name in ("rewards/gold/mean", "policy_loss", "critic_loss", "policy_grad_norm"):
+        assert row[name] == pytest.approx(roomy[name], rel=1e-4, abs=1e-6), name
+
+
+def compiled():
+    """run.compile: the UNet's transformer blocks, and nothing unless asked for."""
+    for wanted in (True, False):
+        unet = start({"run.compile": wanted}).policy.unet
+        blocks = [module for module in unet.modules() if type(module).__name__ == "BasicTransformerBlock"]
+        assert blocks and {module._compiled_call_impl is not None for module in blocks} == {wanted}
+
+
 ELSEWHERE = {
     "model.base": base,
     "model.revision": revision,
@@ -395,6 +415,8 @@ ELSEWHERE = {
     "run.keep_last": run_folder,
     "run.preview_images": preview_images,
     "run.micro_batch": run_folder,
+    "run.memory_limit": memory_limit,
+    "run.compile": compiled,
     "run.max_bad_steps": max_bad_steps,
     "run.trackers": tracking,
     "run.stop_on_overoptimisation": stopping_early,

@@ -129,6 +129,10 @@ def test_tick_labels_are_distinct_and_say_their_number(span):
         assert float(label.replace(numbers.MINUS, "-")) * scale == pytest.approx(tick, rel=1e-6, abs=1e-6 * (ticks[1] - ticks[0]))
 
 
+def test_labels_of_a_log_axis_are_short():
+    assert numbers.log_labels([1e-6, 2e-5, 0.01, 5.0, 1000.0, 2e6]) == ["10⁻⁶", "2×10⁻⁵", "0.01", "5", "1000", "2×10⁶"]
+
+
 @pytest.mark.parametrize(
     "value, shown",
     [(None, "–"), (0, "0"), (0.0, "0"), (0.5123, "0.512"), (-6.5868, "−6.59"), (1234.4, "1,234"), (0.000013, "1.30×10⁻⁵"), (2.5e7, "2.50×10⁷")],

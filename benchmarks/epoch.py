@@ -1,0 +1,187 @@
+"""Time an epoch against a stand-in of the official loop, in the same process, on the same weights, prompts and noise.
+
+    python benchmarks/epoch.py --device cpu --size tiny --json
+    python benchmarks/epoch.py --device cuda --size sd1 --json
+
+The equality gate comes first: the same number of optimizer steps, a gradient and a ratio_drift no worse than the stand-in's. If it
+does not hold, no time is taken and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+import gate  # noqa: E402
+import ladder  # noqa: E402
+import matmul  # noqa: E402
+import ours  # noqa: E402
+import standin  # noqa: E402
+import torch  # noqa: E402
+from setup import SIZES, Bench, build  # noqa: E402
+from timing import CLOCKS, Stopwatch, clock_of, interleave, ratios, seconds, spread  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from tdpo_cli import footprint, memory  # noqa: E402
+from tdpo_cli.record import peak_memory  # noqa: E402
+
+
+def measure(
+    bench: Bench, rounds: int, with_ladder: bool, with_compile: bool, tamper: Callable[[Tensor], Tensor] = lambda gradient: gradient
+) -> dict[str, Any]:
+    """The benchmark's one object. `gate.holds` says whether the times are there."""
+    plan, official = _plan(bench), standin.OFFICIAL
+    report = _facts(bench, plan, rounds)
+    if bench.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(bench.device)
+    ladder.our_epoch(bench, plan)  # ours first: on a CPU the peak is the process', and only grows
+    report["peak_memory_bytes"] = peak_memory(bench.device)
+    held = _gate(bench, plan, official, tamper)
+    report |= {"gate": held.as_dict(), "ratio_drift": held.ratio_drift, "standin_ratio_drift": held.standin_ratio_drift}
+    if not held.holds:
+        return report
+
+    bare = ours.Bare(bench, plan)
+    four = dataclasses.replace(official, micro_batch=4)
+    timed = interleave({
+        "standin": lambda: ladder.standin_epoch(bench, official), "ours": lambda: ladder.our_epoch(bench, plan),
+        "bare": lambda: _bare(bench, bare), "standin at micro-batch 4": lambda: ladder.standin_epoch(bench, four),
+    }, rounds)  # fmt: skip
+    report |= {"clock": CLOCKS[clock_of(bench)], "spreads": {}}
+    main_clock = clock_of(bench)
+    for clock, suffix in ((main_clock, ""), (1 - main_clock, f"_{CLOCKS[1 - main_clock]}")):
+        for phase in ("training", "sampling", "epoch"):
+            report["spreads"][f"{phase}_ratio{suffix}"] = spread(ratios(timed["standin"], timed["ours"], phase, clock))
+            report["spreads"][f"{phase}_ratio_of_micro_batch_4{suffix}"] = spread(
+                ratios(timed["standin at micro-batch 4"], timed["ours"], phase, clock)
+            )
+        report["spreads"][f"overhead{suffix}"] = spread(ratios(timed["ours"], timed["bare"], "epoch", clock))
+    report |= {name: values["median"] for name, values in report["spreads"].items()}
+    report["seconds"] = {
+        name: {phase: spread(seconds(rows, phase, main_clock))["median"] for phase in [*rows[0], "epoch"]} for name, rows in timed.items()
+    }
+    report["matmul"] = matmul.shares(bench, bare, timed["bare"])
+    if with_ladder:
+        report["ladder"] = ladder.climb(bench, plan, rounds)
+    if with_compile:
+        report["compile"] = ladder.compiled(bench, plan, rounds)
+    return report
+
+
+def _plan(bench: Bench) -> memory.Plan:
+    if bench.device.type != "cuda":
+        return memory.CPU_LADDER[0]
+    plan = memory.choose(bench.preset, int(memory.MARGIN * torch.cuda.mem_get_info(bench.device)[0]))
+    return dataclasses.replace(plan, micro_batch=min(plan.micro_batch, bench.size.batch), sample_batch=min(plan.sample_batch, bench.size.samples))
+
+
+def _gate(bench: Bench, plan: memory.Plan, official: standin.Ways, tamper: Callable[[Tensor], Tensor]) -> gate.Gate:
+    """Each loop trains on its own samples; they come from the same noise."""
+    bench.restart()
+    own = ours.sample(bench, plan)
+    credit, order = ours.credit(bench, own, ours.score(bench, own)), ours.order(bench)
+    reference = gate.reference_gradient(bench, own, credit, order)
+    mine = ours.train(bench, plan, own, credit, order)
+    bench.restart()
+    theirs = standin.train(bench, official, standin.sample(bench, official), credit, order, tamper)
+    bench.restart()
+    return gate.compare(bench, mine, theirs, reference)
+
+
+def _bare(bench: Bench, bare: ours.Bare) -> dict[str, tuple[float, float]]:
+    watch = Stopwatch(bench.synchronize)
+    bench.restart()
+    for name in ("denoise", "decode", "encode", "train"):
+        with watch(name):
+            getattr(bare, name)()
+    return watch.phases
+
+
+def _facts(bench: Bench, plan: memory.Plan, rounds: int) -> dict[str, Any]:
+    import diffusers
+    import transformers
+
+    name = torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
+    sizes = dataclasses.asdict(bench.size) | {
+        "latent_shape": list(bench.policy.latent_shape), "unet_parameters": sum(p.numel() for p in bench.policy.unet.parameters()),
+        "guidance_scale": bench.preset.rollout.guidance_scale, "updates_per_epoch": bench.preset.updates_per_epoch, "plan": plan.as_dict(),
+    }  # fmt: skip
+    return {
+        "device": name, "dtype": str(bench.policy.unet.dtype).removeprefix("torch."), "threads": torch.get_num_threads(), "rounds": rounds,
+        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__, "transformers": transformers.__version__}, "sizes": sizes,
+    }  # fmt: skip
+
+
+def dry(bench: Bench) -> dict[str, Any]:
+    """What a construction without numbers tells: parameters, and the memory that every plan is predicted to need."""
+    parameters = {type(network).__name__: sum(p.numel() for p in network.parameters()) for network in (*bench.networks, bench.encoder)}
+    plans = {str(plan): memory.phases(bench.preset, 1, plan) for plan in memory.GPU_LADDER}
+    nets = footprint.networks(bench.preset)
+    stored = 4 * nets.latent_elements + 4 * bench.encoder.embed_dim
+    return {
+        "parameters": parameters,
+        "predicted_bytes": plans,
+        "trajectory_bytes_per_step_and_sample": stored,
+        "sizes": dataclasses.asdict(bench.size),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--size", choices=list(SIZES), default="tiny")
+    parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], default="fp16", help="of sd1's networks on a GPU")
+    parser.add_argument("--rounds", type=int, default=5, help="paired runs; medians are of these")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--ladder", action="store_true", help="one line per gain")
+    parser.add_argument("--compile", action="store_true", help="torch.compile too, with its warm-up")
+    parser.add_argument("--dry", action="store_true", help="construct without numbers and print sizes and predictions")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if options.device == "cuda" and not torch.cuda.is_available() and not options.dry:
+        parser.error("--device cuda: there is no CUDA device here")
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+    if options.dry:
+        print(json.dumps(dry(build(SIZES[options.size], torch.device("meta"), options.dtype)), indent=None if options.json else 2))
+        return 0
+    bench = build(SIZES[options.size], torch.device(options.device), options.dtype)
+    report = measure(bench, options.rounds, options.ladder, options.compile)
+    if options.json:
+        print(json.dumps(report))
+    else:
+        _say(report)
+    for reason in report["gate"]["reasons"]:
+        print(f"the equality gate does not hold: {reason}", file=sys.stderr)
+    return 0 if report["gate"]["holds"] else 1
+
+
+def _say(report: dict[str, Any]) -> None:
+    print(f"{report['sizes']['name']} on {report['device']}, {report['threads']} thread(s), {report['rounds']} paired rounds")
+    print(f"  by {report.get('clock', 'no clock')}, medians of paired rounds; stand-in / tdpo; (least to most)")
+    for name, values in report.get("spreads", {}).items():
+        print(f"  {name:<44} {values['median']:6.2f}   ({values['least']:.2f} to {values['most']:.2f})")
+    for row in report.get("ladder", []):
+        gains = "  ".join(f"{phase} x{row[f'{phase}_gain']:.2f}" for phase in ("sampling", "training", "epoch") if f"{phase}_gain" in row)
+        print(f"  {row['rung']:<52} {row['epoch_seconds']:8.2f} s  {gains}")
+    for name in ("ratio_drift", "standin_ratio_drift", "peak_memory_bytes", "gate", "matmul", "compile"):
+        if name in report:
+            print(f"  {name}: {report[name]}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""How much of the device's measured matrix-product rate the phases reach."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+from ours import Bare
+from setup import Bench
+from timing import Phases, clock_of, seconds
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def rate(bench: Bench, repeats: int = 5) -> float:
+    """FLOP per second of a large square product in the UNet's type, the best of `repeats`."""
+    n = 8192 if bench.device.type == "cuda" else 768
+    a = torch.randn(n, n, device=bench.device).to(bench.policy.unet.dtype)
+    best, clock = float("inf"), (time.perf_counter, time.process_time)[clock_of(bench)]
+    for _ in range(repeats):
+        bench.synchronize()
+        start = clock()
+        a @ a
+        bench.synchronize()
+        best = min(best, clock() - start)
+    return 2 * n**3 / best
+
+
+def shares(bench: Bench, bare: Bare, timed: list[Phases]) -> dict[str, Any]:
+    """rate, and per phase of the bare calls its FLOP, seconds and share of the rate. Call it after the times were taken: counting is slow."""
+    measured, phases = rate(bench), {}
+    for name in ("denoise", "decode", "train"):
+        with FlopCounterMode(display=False) as counter:
+            getattr(bare, name)()
+        spent = statistics.median(seconds(timed, name, clock_of(bench)))
+        phases[name] = {"flop": counter.get_total_flops(), "seconds": spent, "share": counter.get_total_flops() / spent / measured}
+    return {"flop_per_second": measured, "phases": phases}

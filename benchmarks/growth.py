@@ -146,7 +146,8 @@ def plot(report: dict[str, Any], file: Path) -> None:
             fit = data[name]
             panel.plot(x, [row[key] * scale for row in data["points"]], "o", color="tab:blue")
             panel.plot([0, max(x)], [fit["start"] * scale, (fit["start"] + fit["slope"] * max(x)) * scale], color="0.6", lw=1, zorder=0)
-            panel.set(xlim=(0, None), ylim=(0, None), ylabel="seconds an epoch" if name == "time" else "peak of tensors, MB")
+            top = 1.08 * scale * max(row[key] for row in data["points"])
+            panel.set(xlim=(0, 1.05 * max(x)), ylim=(0, top), ylabel="seconds an epoch" if name == "time" else "peak of tensors, MB")
             panel.set_title(f"R² = {fit['r_squared']:.4f}", fontsize=9)
         column[1].set_xlabel(titles[axis])
     figure.tight_layout()

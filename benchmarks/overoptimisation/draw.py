@@ -145,8 +145,16 @@ def outcome_table(runs: Sequence[Run], names: Sequence[str]) -> str:
         rows.append([
             name, len(mine), mine[0].columns["updates"][-1], plain([run.smooth(PROXY)[-1] for run in mine]), plain([p for p, _ in peaks]),
             plain([last for _, last in peaks]), plain([p - last for p, last in peaks]), plain([run.smooth("mean_kl")[-1] for run in mine]),
+            explained(mine, slice(0, 20)), explained(mine, slice(-20, None)),
         ])  # fmt: skip
-    return table(["arm", "seeds", "optimizer steps", "proxy, end", "gold, peak", "gold, end", "gold, peak to end", "KL, end"], rows)
+    head = ["arm", "seeds", "optimizer steps", "proxy, end", "gold, peak", "gold, end", "gold, peak to end", "KL, end"]
+    return table([*head, "critic explains, first 20 epochs", "last 20"], rows)
+
+
+def explained(runs: Sequence[Run], epochs: slice) -> str | None:
+    """Share of the returns' variance that the critic explains, mean over epochs and seeds; None without a critic."""
+    values = [value for run in runs for value in run.columns["critic_explained_variance"][epochs] if value is not None]
+    return f"{sum(values) / len(values):.1%}" if values else None
 
 
 def difference_table(runs: Sequence[Run], pairs: Sequence[tuple[str, str]]) -> str:

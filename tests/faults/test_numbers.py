@@ -122,9 +122,11 @@ def test_a_broken_watched_score_is_a_null_mean_and_changes_nothing_else(tmp_path
         for what in ("mean", "std"):
             value, wanted = row.pop(f"rewards/{name}/{what}"), expected.pop(f"rewards/{other}/{what}")
             assert value is None if broken else value == wanted
+        agreement, wanted = row.pop("agreement"), expected.pop("agreement")
+        assert agreement is None if broken else agreement == wanted
         assert row == expected
     card = (run / "checkpoints/epoch_0000/README.md").read_text()
-    assert f"| {name} | - | - |" in card
+    assert "| watched | - | - | - |" in card  # no epoch 0, no epoch of the card (which is epoch 0), no rise
 
 
 # --- the networks ---------------------------------------------------------------------------------------------------------

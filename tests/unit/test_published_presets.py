@@ -72,6 +72,7 @@ PUBLISHED = {
     "run.save_every": 1,
     "run.keep_last": None,
     "run.stop_on_overoptimisation": None,
+    "run.trackers": [],
 }
 DIFFERENT = {
     "aesthetic": ("simple-animals", ["imagereward", "pickscore", "hpsv2"]),

@@ -157,11 +157,11 @@ def explained(runs: Sequence[Run], epochs: slice) -> str | None:
     return f"{sum(values) / len(values):.1%}" if values else None
 
 
-def difference_table(runs: Sequence[Run], pairs: Sequence[tuple[str, str]]) -> str:
+def difference_table(runs: Sequence[Run], pairs: Sequence[tuple[str, str]], column: str = GOLD) -> str:
     rows = []
     for axis, levels in LEVELS.items():
-        for level in levels:
-            found = [analysis.difference(runs, a, b, axis, level) for a, b in pairs]
+        for level in levels if AXES[axis] != column else ():
+            found = [analysis.difference(runs, a, b, axis, level, column) for a, b in pairs]
             if any(found):
                 rows.append([f"{axis} {level:g}", *(None if i is None else f"{i} (n={i.count})" for i in found)])
     return table(["at equal", *(f"{a} minus {b}" for a, b in pairs)], rows)
@@ -213,6 +213,7 @@ def tables() -> dict[str, str]:
         "Pilot: trained reward over the last fifth (largest approx_kl), by learning rate": pilot_table(pilot),
         "Outcome": outcome_table(main, list(arms.METHODS)),
         "Gold, paired differences": difference_table(main, PAIRS),
+        "Proxy, paired differences": difference_table(main, PAIRS, PROXY),
         "The verdict against gold, counted": agreement(main),
         "The verdict against gold, run by run": verdict_table(main),
     }

@@ -32,11 +32,14 @@ class Job:
     algorithm: algorithms.Algorithm
     randomness: Randomness
     prompts: list[str]
-    micro_batch: int
     plan: memory.Plan
     backbones: Backbones = field(default_factory=Backbones)
     updates: int = 0  # optimizer steps so far
     bad_steps: int = 0  # ... of which were skipped
+
+    @property
+    def micro_batch(self) -> int:
+        return self.plan.micro_batch
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -62,9 +65,8 @@ class Job:
         self.updates, self.bad_steps = state["updates"], state["bad_steps"]
 
 
-def build(preset: Preset, world: World, micro_batch: int, plan: memory.Plan | None = None) -> Job:
+def build(preset: Preset, world: World, plan: memory.Plan) -> Job:
     """Load the networks and set up what trains. Raises RequestError for what the preset names and is not there."""
-    plan = plan or memory.Plan(micro_batch, micro_batch, memory.CPU_MICRO_BATCH)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = preset.model.tf32
     if preset.model.base == "sandbox" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # its networks are so small that a second thread costs more than it brings
@@ -90,5 +92,5 @@ def build(preset: Preset, world: World, micro_batch: int, plan: memory.Plan | No
     optimizers = make_optimizers(policy, critic, preset)
     return Job(
         preset, world, policy, rewards, encoder, critic, optimizers, algorithms.make(preset), randomness, prompt_list,
-        plan.micro_batch, plan, backbones,
+        plan, backbones,
     )  # fmt: skip

@@ -32,6 +32,11 @@ class Plan:
     park: bool = False  # scorers wait in main memory while they are not used
     offload: bool = False  # the trajectory waits in main memory (pinned)
 
+    @classmethod
+    def of(cls, micro_batch: int) -> Plan:
+        """The plain plan with that micro-batch: all that runs recorded before there were plans."""
+        return cls(micro_batch, micro_batch, CPU_MICRO_BATCH)
+
     def __str__(self) -> str:
         extras = [name for name, used in (
             ("gradient checkpointing", self.checkpointing), ("scorers parked", self.park), ("trajectory offloaded", self.offload),

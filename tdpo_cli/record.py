@@ -64,10 +64,10 @@ def save(job: Job, folder: RunDir, epoch: int, row: dict[str, Any], last: bool) 
     preview(job, folder, f"epoch {epoch}", f"{epoch_name(epoch)}.png")
     folder.log(row)
     if (epoch + 1) % run.save_every == 0 or last:
-        spare = None
+        rows, spare = folder.read_metrics(), None
         if run.stop_on_overoptimisation is not None:
-            spare = verdict.best(folder.read_metrics(), job.preset, [*folder.saved_epochs(), epoch])
-        folder.save_checkpoint(epoch, lambda path: _write_checkpoint(job, path, folder.read_metrics()), digest, run.keep_last, spare)
+            spare = verdict.best(rows, job.preset, [*folder.saved_epochs(), epoch])
+        folder.save_checkpoint(epoch, lambda path: _write_checkpoint(job, path, rows), digest, run.keep_last, spare)
     folder.save_state(epoch, job.state_dict(), digest)
 
 

@@ -81,7 +81,7 @@ def _run(
         return record.summary(preset, folder, time.perf_counter() - started) if world.is_main else {}
 
     with world.first_on_each_machine() if may_download() else contextlib.nullcontext():
-        job = build(preset, world, plan.micro_batch, plan)
+        job = build(preset, world, plan)
     if loaded:
         job.load_state_dict(loaded[1])
     if world.is_main:
@@ -245,8 +245,7 @@ def _plan(preset: Preset, world: World, folder: RunDir, resume: bool) -> memory.
     recorded = world.from_main(folder.read_environments() if resume and world.is_main else [])
     if recorded and recorded[-1].get("memory_limit") == preset.run.memory_limit:
         before = recorded[-1]
-        micro_batch = before["micro_batch"]
-        return memory.Plan(**before.get("plan", {"micro_batch": micro_batch, "sample_batch": micro_batch, "decode_chunk": memory.CPU_MICRO_BATCH}))
+        return memory.Plan(**before["plan"]) if "plan" in before else memory.Plan.of(before["micro_batch"])
     free = torch.cuda.mem_get_info(world.device)[0] if gpu else memory.main_memory()[1]
     limit = memory.limit(preset, free, gpu)
     if limit is not None:

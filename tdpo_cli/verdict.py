@@ -57,7 +57,7 @@ def read(rows: Sequence[Mapping[str, Any]], preset: Preset) -> Verdict:
 
 def _judge(epochs: Sequence[int], trained: Sequence[float], others: Sequence[float], doubt: tuple[int, str] | None, name: str) -> Verdict:
     smooth_trained, smooth_others = averaged(trained), averaged(others)
-    margin_trained, margin_others = (SIGMAS * noise(curve) * math.sqrt(2 / WINDOW) for curve in (trained, others))
+    margin_trained, margin_others = margin(trained), margin(others)
     peak = max(range(len(smooth_others)), key=smooth_others.__getitem__)
     now = len(smooth_others) - 1
     if now - peak >= WINDOW:
@@ -140,6 +140,11 @@ def noise(curve: Sequence[float]) -> float:
     """Standard deviation of one value around a slowly changing curve, from successive differences (von Neumann 1941)."""
     steps = [(after - before) ** 2 for before, after in zip(curve, curve[1:])]  # noqa: B905 - one shorter on purpose
     return math.sqrt(sum(steps) / len(steps) / 2)
+
+
+def margin(curve: Sequence[float]) -> float:
+    """How far two of the curve's averages must lie apart to count as different."""
+    return SIGMAS * noise(curve) * math.sqrt(2 / WINDOW)
 
 
 def rise(rows: Sequence[Mapping[str, Any]], reward: str) -> float | None:

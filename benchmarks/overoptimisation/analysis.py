@@ -128,6 +128,5 @@ def turned(gold: Sequence[float]) -> int | None:
         return None
     smooth = verdict.averaged(gold)
     peak = max(range(len(smooth)), key=smooth.__getitem__)
-    margin = verdict.SIGMAS * verdict.noise(gold) * math.sqrt(2 / window)
-    fallen = len(smooth) - 1 - peak >= window and smooth[peak] - smooth[-1] > margin
+    fallen = len(smooth) - 1 - peak >= window and smooth[peak] - smooth[-1] > verdict.margin(gold)
     return peak + window // 2 if fallen else None

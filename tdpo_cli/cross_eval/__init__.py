@@ -45,8 +45,9 @@ def run(
             parts = {model.name: folder.read_parts(model.name, len(request["prompts"]), at_once) for model in compared}
             write_json(folder.result, result.build(request, compared, parts), indent=1)
             folder.forget_parts()
-        report = _draw(folder, console)
-        _complete_cards(compared, folder, console)
+        content = folder.read_result()
+        report = _draw(content, folder, console)
+        _complete_cards(compared, content, console)
         report["seconds"] = time.perf_counter() - started
         images = len(request["prompts"]) * request["per_prompt"]
         done = "drawn anew from the cross_eval.json that was there" if finished else duration(report["seconds"])
@@ -159,18 +160,16 @@ def _begin(request: dict[str, Any], judges: work.Judges, folder: Folder, names: 
     return missing
 
 
-def _complete_cards(compared: Sequence[Model], folder: Folder, console: Console) -> None:
+def _complete_cards(compared: Sequence[Model], content: Mapping[str, Any], console: Console) -> None:
     """The table goes into the model card of every checkpoint of a run, too."""
-    content = folder.read_result()
     for model in compared:
         if model.run is not None and (problem := model_card.add_cross_eval(Path(model.sampling.start_from), content, model.name)):
             console.warn(problem)
 
 
 # --- what is drawn from cross_eval.json ---------------------------------------------------------------------------------
-def _draw(folder: Folder, console: Console) -> dict[str, Any]:
+def _draw(content: dict[str, Any], folder: Folder, console: Console) -> dict[str, Any]:
     """The other files and the terminal's tables. -> a summary"""
-    content = folder.read_result()
     texts = {"csv": tables.as_csv(content), "md": tables.as_markdown(content), "html": page.render(content, folder.path)}
     for suffix, text in texts.items():
         with whole(folder.path / f"cross_eval.{suffix}") as aside:

@@ -15,6 +15,7 @@ from tdpo_cli import preset as presets
 from tdpo_cli.console import Console
 from tdpo_cli.critic import Critic
 from tdpo_cli.job import build
+from tdpo_cli.memory import Plan
 from tdpo_cli.preset import Model, SettingError
 from tdpo_cli.randomness import Randomness
 from tdpo_cli.rollout import rollout
@@ -116,9 +117,9 @@ def test_resume_replays_nothing_and_needs_no_older_checkpoint(tmp_path, monkeypa
 @pytest.mark.parametrize("kind", ["per-prompt", "global"])
 def test_all_running_statistics_are_in_the_state(kind):
     preset = tiny(reward__normalise=kind, algorithm__advantage_norm="per-prompt", algorithm__kl_penalty_coef=1.0, algorithm__kl_target=0.1)
-    job = build(preset, World(), 4)
+    job = build(preset, World(), Plan.of(4))
     train._epoch(job, 0, Console(quiet=True))
-    again = build(preset, World(), 4)
+    again = build(preset, World(), Plan.of(4))
     again.load_state_dict(job.state_dict())
     for one, other in ((job.algorithm, again.algorithm),):
         assert one.returns.moments.state_dict() == other.returns.moments.state_dict() != type(one.returns.moments)(*_arguments(kind)).state_dict()
@@ -140,7 +141,7 @@ def test_gradients_are_exchanged_once_per_optimizer_step():
             self.exchanges += 1
 
     world = Counting()
-    row = train._epoch(build(tiny(), world, micro_batch=1), 0, Console(quiet=True))
+    row = train._epoch(build(tiny(), world, Plan.of(1)), 0, Console(quiet=True))
     assert world.exchanges == row["updates"] == 4
 
 
@@ -192,7 +193,7 @@ def test_every_reset_draws_new_weights():
 
 def test_advantages_per_prompt_can_be_asked_for():
     """Officially a call of a method that does not exist."""
-    job = build(tiny(algorithm__advantage_norm="per-prompt"), World(), 4)
+    job = build(tiny(algorithm__advantage_norm="per-prompt"), World(), Plan.of(4))
     assert train._epoch(job, 0, Console(quiet=True))["policy_loss"] is not None
     assert isinstance(job.algorithm.advantage_moments, moments.PerPromptMoments)
 

@@ -105,7 +105,7 @@ def settings_of(changes: dict) -> presets.Preset:
 
 def start(changes: dict, micro_batch: int = 8):
     torch.manual_seed(0)
-    return build(settings_of({"rollout.prompts": str(two_prompts())} | changes), World(), micro_batch)
+    return build(settings_of({"rollout.prompts": str(two_prompts())} | changes), World(), memory.Plan.of(micro_batch))
 
 
 @cache
@@ -574,7 +574,7 @@ def test_8bit_adamw_trains_and_resumes_on_a_cpu(tmp_path):
 @pytest.mark.parametrize("rank", [2, 0])
 def test_a_gpu_computes_in_the_asked_type(dtype, rank):
     preset = settings_of({"rollout.prompts": str(two_prompts()), "model.dtype": dtype, "model.lora_rank": rank, "update.learning_rate": 1e-5})
-    job = build(preset, World(device="cuda"), 8)
+    job = build(preset, World(device="cuda"), memory.Plan.of(8))
     assert job.optimizers.scaler.is_enabled() == (dtype == "fp16")
     row = train._epoch(job, 0, Console(quiet=True))
     assert {p.dtype for p in job.policy.trainable.values()} == {p.dtype for p in job.critic.parameters()} == {torch.float32}
@@ -586,6 +586,6 @@ def test_a_gpu_computes_in_the_asked_type(dtype, rank):
 def test_8bit_adamw_on_a_gpu():
     pytest.importorskip("bitsandbytes")
     preset = settings_of({"rollout.prompts": str(two_prompts()), "model.dtype": "fp16", "update.optimizer": "adamw-8bit"})
-    job = build(preset, World(device="cuda"), 8)
+    job = build(preset, World(device="cuda"), memory.Plan.of(8))
     assert type(job.optimizers.policy).__name__ == "AdamW8bit"
     assert train._epoch(job, 0, Console(quiet=True))["skipped_steps"] == 0

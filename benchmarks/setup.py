@@ -87,9 +87,10 @@ def build(size: Size, device: torch.device, dtype: str = "fp16") -> Bench:
     if size.width is None:
         preset = presets.load("quickstart", overrides)
         from tdpo_cli.job import build as build_job
+        from tdpo_cli.memory import Plan
         from tdpo_cli.world import World
 
-        job = build_job(preset, World(device=device), size.samples)
+        job = build_job(preset, World(device=device), Plan.of(size.samples))
         bench = Bench(size, preset, job.policy, job.encoder, job.critic, job.rewards[preset.reward.train], job.prompts, job.randomness, device)
     else:
         preset = presets.load("aesthetic", [*overrides, ("model.dtype", dtype)])

@@ -92,6 +92,7 @@ def make_cross_eval(
             },
             "diversity": estimate(0.4 - 0.03 * step, 0.02), "diversity_difference": estimate(-0.03 * step, 0.02) if base else None,
             "prompts_all_rise": 0.4 if base else None, "prompts_trained_rises_others_fall": 0.1 * step if base else None,
+            "agreement": {"base": estimate(0.8), "model": estimate(0.8 - 0.1 * step), "change": estimate(-0.1 * step)} if base else None,
         }  # fmt: skip
         return entry
 

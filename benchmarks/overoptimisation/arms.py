@@ -21,7 +21,10 @@ METHODS: dict[str, dict[str, Any]] = {
 
 # Variants of one method, at that method's learning rate.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    # which neurons are reset: at threshold 1 about half of them count as dormant, at the published 0 none does in this world
+    # which neurons are reset, beside tdpo (none) and tdpo-r (the active ones: here all but 0 to 4 % of them)
+    "reset-all": ("tdpo-r", {"algorithm.reset_target": "all"}),
+    "reset-dormant": ("tdpo-r", {"algorithm.reset_target": "dormant"}),
+    # at threshold 1 about half of them count as dormant
     "reset-upper-half": ("tdpo-r", {"algorithm.dormant_threshold": 1.0}),
     "reset-lower-half": ("tdpo-r", {"algorithm.dormant_threshold": 1.0, "algorithm.reset_target": "dormant"}),
     # how often
@@ -35,23 +38,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "tdpo-r-4-critic-steps": ("tdpo-r", {"algorithm.critic_steps": 4}),
 }
 
-# Expected to be another arm to the last bit, because no neuron is dormant at threshold 0: run once, to be sure.
-IDENTITIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "reset-all": ("tdpo-r", {"algorithm.reset_target": "all"}),
-    "reset-dormant": ("tdpo", {"algorithm.name": "tdpo-r", "algorithm.reset_target": "dormant"}),
-}
-
 
 def method_of(arm: str) -> str:
     """The method whose learning rate an arm uses."""
-    return arm if arm in METHODS else (VARIANTS | IDENTITIES)[arm][0]
+    return arm if arm in METHODS else VARIANTS[arm][0]
 
 
 def overrides(arm: str) -> dict[str, Any]:
     """section.key -> value, without the learning rate."""
     if arm in METHODS:
         return METHODS[arm]
-    method, changes = (VARIANTS | IDENTITIES)[arm]
+    method, changes = VARIANTS[arm]
     return METHODS[method] | changes
 
 

@@ -93,7 +93,7 @@ def figures(main: Sequence[Run], variants: Sequence[Run]) -> None:
     ])  # fmt: skip
     figure("watched.png", [("reward queries", name, draw("queries", f"rewards/{name}/mean")) for name in WATCHED])
     groups = {
-        "which neurons": ["tdpo", "tdpo-r", "reset-upper-half", "reset-lower-half"],
+        "which neurons": ["tdpo", "tdpo-r", "reset-all", "reset-dormant", "reset-upper-half", "reset-lower-half"],
         "how often": ["tdpo", "tdpo-r", "reset-every-2", "reset-every-5", "reset-every-20"],
         "the critic": ["tdpo", "tdpo-r", "tdpo-relu", "tdpo-r-relu", "tdpo-4-critic-steps", "tdpo-r-4-critic-steps"],
     }
@@ -194,20 +194,9 @@ def agreement(runs: Sequence[Run]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def identity_lines(everything: Sequence[Run], identities: Sequence[Run]) -> str:
-    lines = []
-    for mine in identities:
-        target = analysis.of(everything, arms.method_of(mine.arm)).get(mine.seed)
-        if target is None:
-            continue
-        same = all(mine.columns[name] == target.columns[name] for name in (PROXY, GOLD, "mean_kl", "policy_grad_norm"))
-        lines.append(f"- `{mine.arm}` and `{target.arm}`, seed {mine.seed}: {'equal in every epoch' if same else 'NOT equal'}")
-    return "\n".join(lines) + "\n"
-
-
 def tables() -> dict[str, str]:
     """Title -> Markdown."""
-    pilot, main, variants, identities = (analysis.load(runner.RESULTS / name) for name in ("pilot", "main", "variants", "identities"))
+    pilot, main, variants = (analysis.load(runner.RESULTS / name) for name in ("pilot", "main", "variants"))
     everything = [*main, *variants]
     found = {
         "Pilot: trained reward over the last fifth (largest approx_kl), by learning rate": pilot_table(pilot),
@@ -217,8 +206,6 @@ def tables() -> dict[str, str]:
         "The verdict against gold, counted": agreement(main),
         "The verdict against gold, run by run": verdict_table(main),
     }
-    if identities:
-        found["Arms that are the same"] = identity_lines(main, identities)
     if variants:
         there = [(name, method) for name, (method, _) in arms.VARIANTS.items() if analysis.of(variants, name)]
         found["Variants: outcome"] = outcome_table(everything, [name for name, _ in there])

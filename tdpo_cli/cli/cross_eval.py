@@ -22,7 +22,7 @@ def cross_eval(
         str, typer.Option(metavar="all|A,B,...", help="all: the runs' own, and the learned ones that --zoo or --checkpoint give.")
     ] = "all",
     prompts: Annotated[Optional[str], typer.Option(metavar="FILE", help="Prompts [default: the runs' rollout.eval_prompts, held out].")] = None,
-    per_prompt: Annotated[int, typer.Option(min=1, max=99, help="Images per prompt; diversity needs two.")] = 1,
+    per_prompt: Annotated[int, typer.Option(min=1, max=99, help="Images per prompt; diversity and agreement need two.")] = 2,
     seed: Annotated[int, typer.Option(min=0, help="Of the noise, which all models share, and of the bootstrap.")] = 0,
     out: Annotated[
         Optional[Path], typer.Option(metavar="DIR", help="One that was interrupted is continued [default: a new cross-evals/NAME-0001].")

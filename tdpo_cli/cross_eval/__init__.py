@@ -120,9 +120,9 @@ def _prompts_at_once(request: Mapping[str, Any]) -> int:
 def _evaluate(request: dict[str, Any], compared: Sequence[Model], folder: Folder, team: world.World, console: Console) -> None:
     """Do the parts that are missing, each process a run of neighbours, so that it loads few models."""
     with console.working("loading"), team.first_on_each_machine() if world.may_download() else contextlib.nullcontext():
-        judges = work.Judges(request["rewards"], request["per_prompt"] > 1, team.device, console.warn)
         if team.local_rank == 0:
             work.fetch(compared, team.device)
+        judges = work.Judges(request["rewards"], request["per_prompt"] > 1, team.device, console.warn)
     prompts, names = request["prompts"], [model.name for model in compared]
     missing = team.from_main(_begin(request, judges, folder, names, console) if team.is_main else None)
     mine = missing[team.share(len(missing))]

@@ -38,7 +38,7 @@ def build(request: Mapping[str, Any], models: Sequence[Model], parts: Mapping[st
         "rewards": rewards,
         "bootstrap": {"resamples": comparison.RESAMPLES, "level": comparison.LEVEL, "unit": "prompt"},
         "models": entries,
-        "runs": [_run(name, group, standardised, rewards, draws) for name, group in groups.items()],
+        "runs": [_run(name, group, standardised, _agreement(group[-1], scores, draws), draws) for name, group in groups.items()],
         "matrix": {"trained": list(groups), "evaluated": rewards, "standardised": matrix},
     }
 
@@ -84,13 +84,24 @@ def _entry(
         "diversity_difference": comparison.estimate(far - distances[model.base], draws) if compared else None,
         "prompts_all_rise": comparison.share_all_rise(standardised),
         "prompts_trained_rises_others_fall": comparison.share_trained_rises_others_fall(standardised, model.trained_reward),
+        "agreement": _agreement(model, scores, draws),
     }
 
 
-def _run(name: str, group: Sequence[Model], standardised: Mapping[str, Scores], rewards: Sequence[str], draws: np.ndarray) -> dict[str, Any]:
+def _agreement(model: Model, scores: Mapping[str, Scores], draws: np.ndarray) -> dict[str, Any] | None:
+    """How alike the trained and the other learned rewards rank a prompt's images: the base's, the model's, the change."""
+    if model.base is None:
+        return None
+    sums = [comparison.agreement_sums(scores[name], model.trained_reward) for name in (model.base, model.name)]
+    return None if any(one is None for one in sums) else comparison.agreements(*sums, draws)
+
+
+def _run(
+    name: str, group: Sequence[Model], standardised: Mapping[str, Scores], agreement: Mapping[str, Any] | None, draws: np.ndarray
+) -> dict[str, Any]:
     last = group[-1]
     peaks = {}
-    for reward in rewards:
+    for reward in standardised[last.name]:
         peak, numbers = comparison.peak_to_final(np.stack([standardised[model.name][reward] for model in group]), draws)
         peaks[reward] = {"peak_epoch": group[peak].epoch, **numbers}
     trained = last.trained_reward
@@ -111,5 +122,5 @@ def _run(name: str, group: Sequence[Model], standardised: Mapping[str, Scores], 
         "peak_to_final": peaks,
         "since_base": since_base,  # change of the trained reward and of the mean of the other learned ones, common scale
         "since_best": None if since_best is None else {"epoch": best_epoch, **since_best},
-        "verdict": comparison.verdict(trained, draws.shape[1], since_base, best_epoch, since_best),
+        "verdict": comparison.verdict(trained, draws.shape[1], since_base, best_epoch, since_best, agreement),
     }

@@ -78,15 +78,16 @@ def of_run(result: Result, run: Mapping[str, Any], cell: Callable) -> tuple[list
 
 
 def of_prompts(result: Result, run: Mapping[str, Any], cell: Callable) -> tuple[list[str], list[list[str]]]:
-    """Checkpoint by checkpoint: how often the trained reward beats the base, what happens prompt by prompt, diversity."""
+    """Checkpoint by checkpoint: how often the trained reward beats the base, what happens prompt by prompt, diversity and agreement."""
     rows = []
     for model in _models(result, run):
         trained = model["rewards"].get(model["trained_reward"])
         rows.append([
             _epoch(model), share(trained["win_rate"]["mean"]) if trained else "-", share(model["prompts_all_rise"]),
             share(model["prompts_trained_rises_others_fall"]), cell(model["diversity_difference"], 3),
+            cell((model["agreement"] or {}).get("change")),
         ])  # fmt: skip
-    return ["epoch", "trained wins", "all rise", "trained rises, others fall", "diversity"], rows
+    return ["epoch", "trained wins", "all rise", "others fall", "diversity", "agreement"], rows
 
 
 def of_peaks(result: Result, run: Mapping[str, Any], cell: Callable) -> tuple[list[str], list[list[str]]]:
@@ -136,7 +137,7 @@ def as_markdown(result: Result) -> str:
         lines += ["## Every run's last checkpoint", "", *_markdown(*of_matrix(result, interval)), ""]
     for run in result["runs"]:
         lines += [f"## {title(run)}", "", *_markdown(*of_run(result, run, interval)), ""]
-        lines += ["Prompt by prompt, and diversity's change:", "", *_markdown(*of_prompts(result, run, interval)), ""]
+        lines += ["Prompt by prompt, and the change of diversity and agreement:", "", *_markdown(*of_prompts(result, run, interval)), ""]
         lines += ["From each reward's peak to the last checkpoint:", "", *_markdown(*of_peaks(result, run, interval)), ""]
     lines += ["## The base model, raw", "", *_markdown(*bases(result)), ""]
     return "\n".join(lines)

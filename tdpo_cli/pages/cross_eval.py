@@ -125,7 +125,8 @@ def _numbers(result: Mapping[str, Any], level: str) -> str:
     raw = [[escape(model["name"]), *(with_std(model["rewards"][name]) for name in rewards)] for model in models]
     other = [
         [escape(model["name"]), f"{model['reward_queries'] or 0:,}", f"{model['updates'] or 0:,}", estimates.with_bounds(model["diversity"], short),
-         share(finite(model["prompts_all_rise"])), share(finite(model["prompts_trained_rises_others_fall"]))]
+         share(finite(model["prompts_all_rise"])), share(finite(model["prompts_trained_rises_others_fall"])),
+         estimates.with_bounds((model["agreement"] or {}).get("change"))]
         for model in models
     ]  # fmt: skip
     head = ("model", *rewards)
@@ -139,6 +140,6 @@ def _numbers(result: Mapping[str, Any], level: str) -> str:
             folded(f"Win rates <small>{level} intervals</small>",
                    table(head, every("win_rate", lambda cell: estimates.with_bounds(cell, share)), "Win rates")),
         ]  # fmt: skip
-    columns = ("model", "reward queries", "updates", "diversity", "all rewards rise", "trained rises, others fall")
-    parts.append(folded("Diversity, prompts and cost", table(columns, other, "Diversity, prompts and cost")))
+    columns = ("model", "reward queries", "updates", "diversity", "all rewards rise", "trained rises, others fall", "change of agreement")
+    parts.append(folded("Diversity, prompts, agreement and cost", table(columns, other, "Diversity, prompts, agreement and cost")))
     return "".join(parts)

@@ -46,6 +46,7 @@ def render(result: Mapping[str, Any], run: Entry, level: str) -> str:
     small = [
         _tracks(result, run, models, colours),
         line_chart(win_rates),
+        _agreement(models, x, x_label),
         _diversity(result, run, models, x, x_label),
         _shares(models, trained, x, x_label),
     ]
@@ -95,6 +96,18 @@ def _diversity(result: Mapping[str, Any], run: Entry, models: Sequence[Entry], x
     return line_chart(Chart(
         "Diversity", x, [series], "How unlike the images of one prompt are: mean cosine distance of their embeddings.", x_label=x_label, dots=True,
         baseline=before, limit=None if before is None else (before, f"base {short(before)}"),
+    ))  # fmt: skip
+
+
+def _agreement(models: Sequence[Entry], x: Sequence[float], x_label: str) -> str:
+    cells = [model["agreement"] for model in models]
+    before = next((estimates.mean(cell["base"]) for cell in cells if cell), None)
+    if before is None:
+        return ""
+    series = estimates.series("checkpoint", [cell and cell["model"] for cell in cells], "p1", "")
+    return line_chart(Chart(
+        "Agreement", x, [series], "How alike the trained and the other learned rewards rank the images of one prompt. It falls where one of them is gamed.",
+        x_label=x_label, dots=True, baseline=before, limit=(before, f"base {short(before)}"),
     ))  # fmt: skip
 
 

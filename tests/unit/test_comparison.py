@@ -4,8 +4,9 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 
-from tdpo_cli import comparison
+from tdpo_cli import comparison, scoring
 from tdpo_cli.comparison import estimate, resample
 
 ALL_OF_TWO = np.array([[2.0, 0.0], [1.0, 1.0], [0.0, 2.0]])  # every way to draw two prompts twice
@@ -163,6 +164,71 @@ def test_luck_in_choosing_the_best_checkpoint_is_no_fall():
     assert falls["others_held_out"] / 200 < 0.07 < falls["others"] / 200
 
 
+# --- how alike rewards judge ----------------------------------------------------------------------------------------------
+def scored(prompts=24, images=4, alike=1.0, seed=0):
+    """Scores of three rewards that share a part of what they see of an image; prompts differ much."""
+    draw = np.random.default_rng(seed)
+    shared, easy = draw.normal(size=(prompts, images)), 10 * draw.normal(size=(prompts, 1))
+    own = {name: draw.normal(size=(prompts, images)) for name in ("aesthetic", "pickscore", "hpsv2")}
+    scores = {name: easy + alike * shared + 0.5 * values for name, values in own.items()}
+    return {**scores, "gold": draw.normal(size=(prompts, images))}
+
+
+def test_agreement_is_the_one_of_training():
+    """All images at once, as an epoch's samples: the same number as tdpo_cli.scoring gives."""
+    scores = scored()
+    sums = comparison.agreement_sums(scores, "aesthetic")
+    flat = {name: torch.tensor(values).flatten() for name, values in scores.items()}
+    prompts = [str(p) for p in range(24) for _ in range(4)]
+    expected = scoring.agreement(flat["aesthetic"], [flat["pickscore"], flat["hpsv2"]], prompts)
+    assert comparison.correlation(sums.sum(axis=0)) == pytest.approx(expected, abs=1e-9)
+    assert 0.5 < expected < 1
+
+
+def test_agreement_by_hand_over_the_resamples():
+    sums = np.array([[1.0, 1.0, 1.0], [0.0, 1.0, 1.0]])  # one prompt in full agreement, one in none
+    found = comparison.agreements(sums, np.array([[-1.0, 1, 1], [0, 1, 1]]), ALL_OF_TWO)
+    assert found["base"] == pytest.approx({"mean": 0.5, "low": 0.025, "high": 0.975})  # the resamples: 1, 1/2, 0
+    assert found["change"] == pytest.approx({"mean": -1.0, "low": -1.95, "high": -0.05})
+
+
+def test_an_image_with_a_missing_score_is_no_part_of_the_agreement():
+    scores, shorter = scored(images=4), scored(images=4)
+    for name, values in shorter.items():
+        shorter[name] = values[:, :3]
+    scores["pickscore"][:, 3] = np.nan
+    assert comparison.agreement_sums(scores, "aesthetic") == pytest.approx(comparison.agreement_sums(shorter, "aesthetic"))
+
+
+@pytest.mark.parametrize(
+    "scores, trained",
+    [
+        (scored(images=1), "aesthetic"),
+        (scored(), "gold"),
+        (scored(), None),
+        ({"aesthetic": np.ones((3, 2)), "gold": np.ones((3, 2))}, "aesthetic"),
+        ({"aesthetic": np.full((3, 2), np.nan), "pickscore": np.ones((3, 2))}, "aesthetic"),
+    ],
+)
+def test_without_two_images_or_another_learned_reward_there_is_no_agreement(scores, trained):
+    assert comparison.agreement_sums(scores, trained) is None
+
+
+def test_rewards_without_spread_have_no_agreement_and_raise_no_doubt():
+    flat = comparison.agreement_sums({name: np.ones((12, 2)) for name in ("aesthetic", "pickscore")}, "aesthetic")
+    found = comparison.agreements(flat, flat, resample(12, 0))
+    assert found["change"] == {"mean": None, "low": None, "high": None} and not comparison.parted(found)
+
+
+def test_rewards_part_where_they_agree_clearly_less_than_on_the_base():
+    draws = resample(24, 0)
+    sums = {alike: comparison.agreement_sums(scored(alike=alike), "aesthetic") for alike in (2.0, 1.9, 0.2)}
+    assert comparison.parted(comparison.agreements(sums[2.0], sums[0.2], draws))
+    assert not comparison.parted(comparison.agreements(sums[2.0], sums[1.9], draws))
+    assert not comparison.parted(comparison.agreements(sums[0.2], sums[2.0], draws))
+    assert not comparison.parted(None)
+
+
 # --- in words -------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "since_base, best_epoch, best, ending",
@@ -178,7 +244,26 @@ def test_luck_in_choosing_the_best_checkpoint_is_no_fall():
     ],
 )  # fmt: skip
 def test_the_verdict_says_what_the_intervals_say(since_base, best_epoch, best, ending):
-    assert comparison.verdict("aesthetic", 48, since_base, best_epoch, best).endswith(ending)
+    assert comparison.verdict("aesthetic", 48, since_base, best_epoch, best, None).endswith(ending)
+
+
+PARTED = {
+    "base": {"mean": 0.8, "low": 0.7, "high": 0.9}, "model": {"mean": 0.5, "low": 0.3, "high": 0.6}, "change": {"mean": -0.3, "low": -0.4, "high": -0.2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "best, ending",
+    [
+        (change((0, 0), (0, 0)), "aesthetic +2.00 sd, others +0.40 sd against the base, but they agree less (0.80 -> 0.50): doubtful"),
+        (change((0.5, 0.1), (-0.1, 0.2)), "against the base, but they agree less (0.80 -> 0.50): doubtful"),  # else: stalled
+        (change((1.1, 0.1), (-0.3, 0.1)), "aesthetic +1.10 sd, others -0.30 sd since epoch 14: over-optimising"),  # the plainer sign
+    ],
+)
+def test_a_rise_under_rewards_that_part_is_doubtful(best, ending):
+    since_base = change((2, 0.1), (0.4, 0.1))
+    assert comparison.verdict("aesthetic", 48, since_base, 14, best, PARTED).endswith(ending)
+    assert "doubtful" not in comparison.verdict("aesthetic", 48, since_base, 14, best, {**PARTED, "change": {"mean": -0.3, "low": -0.7, "high": 0.1}})
 
 
 @pytest.mark.parametrize(
@@ -192,9 +277,9 @@ def test_the_verdict_says_what_the_intervals_say(since_base, best_epoch, best, e
 )
 def test_where_nothing_can_be_judged_the_verdict_says_why(trained, prompts, known, reason):
     numbers = change((2, 0.1), (0.4, 0.1)) if known else None
-    assert comparison.verdict(trained, prompts, numbers, None, numbers) == f"{reason}: no verdict"
+    assert comparison.verdict(trained, prompts, numbers, None, numbers, None) == f"{reason}: no verdict"
 
 
 def test_a_reward_without_known_scores_is_no_verdict():
     unknown = {name: {"mean": None, "low": None, "high": None} for name in ("trained", "others", "others_held_out")}
-    assert comparison.verdict("aesthetic", 48, unknown, None, unknown) == "too few scores are known: no verdict"
+    assert comparison.verdict("aesthetic", 48, unknown, None, unknown, None) == "too few scores are known: no verdict"

@@ -318,12 +318,12 @@ def test_runs_of_one_name_share_the_base_and_keep_apart(run, evaluated, place):
 
 def test_all_rewards_are_the_runs_own_and_the_zoos(run, place):
     out = place / "all"
-    outcome = tdpo("cross-eval", run, "--epoch", 1, "--prompts", "held-out.txt", "--out", out)
+    outcome = tdpo("cross-eval", run, "--epoch", 1, "--prompts", "held-out.txt", "--per-prompt", 1, "--out", out)
     assert outcome.status == 0, outcome.err
     found = content(out)
     assert found["rewards"] == ["aesthetic", "gold", "pickscore", "hpsv2", "imagereward"]
     assert [model["name"] for model in found["models"]] == ["base", "run/epoch_0001"]
-    assert all(model["diversity"] is None for model in found["models"])  # one image a prompt
+    assert all(model["diversity"] is None and model["agreement"] is None for model in found["models"])  # one image a prompt
 
 
 def test_the_base_model_alone_is_described(place):
@@ -445,8 +445,16 @@ def test_gold_is_shown_and_judges_nothing():
     assert one["models"][-1]["rewards"]["gold"] != other["models"][-1]["rewards"]["gold"]
     for key in ("verdict", "since_base", "since_best"):
         assert [run[key] for run in one["runs"]] == [run[key] for run in other["runs"]]
-    for key in ("prompts_all_rise", "prompts_trained_rises_others_fall"):
+    for key in ("prompts_all_rise", "prompts_trained_rises_others_fall", "agreement"):
         assert [model[key] for model in one["models"]] == [model[key] for model in other["models"]]
+
+
+def test_agreement_is_measured_against_the_runs_base():
+    found = made_up()
+    base, last = found["models"][0], found["models"][3]
+    assert base["agreement"] is None and set(last["agreement"]) == {"base", "model", "change"}
+    assert last["agreement"]["change"]["mean"] == pytest.approx(last["agreement"]["model"]["mean"] - last["agreement"]["base"]["mean"])
+    assert last["agreement"]["change"]["mean"] != 0
 
 
 def test_a_missing_score_is_null_and_its_pair_is_left_out():

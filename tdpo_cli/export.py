@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from tdpo_cli import __version__, checkpoints
+from tdpo_cli import __version__, checkpoints, disk
 from tdpo_cli.console import Console
 from tdpo_cli.errors import RequestError
 from tdpo_cli.models import kohya, lora
@@ -20,7 +18,7 @@ FORMATS = ("kohya",)
 
 
 def run(checkpoint: str, format_: str, out: Path | None, epoch: int | None, console: Console) -> dict[str, Any]:
-    """Write the checkpoint's LoRA as one file for ComfyUI, A1111 and their kin. -> a summary for --json. Raises RequestError."""
+    """Write the checkpoint's LoRA as one file for ComfyUI, A1111 and their kin. -> a summary for --json. Raises RequestError, WorkError."""
     if format_ not in FORMATS:
         raise RequestError(f"--format {format_}: unknown format. Known: {', '.join(FORMATS)}.")
     source = checkpoints.find(checkpoint, None, [], epoch)
@@ -43,15 +41,9 @@ def run(checkpoint: str, format_: str, out: Path | None, epoch: int | None, cons
         converted, facts = kohya.convert(state), kohya.metadata(state, out.stem)
     except RequestError as error:
         raise RequestError(f"{lora.find(folder)}: {error}") from None
-    aside = out.with_name(f".{out.name}.tmp")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+    disk.make(out.parent)
+    with disk.whole(out) as aside:
         save_file(converted, aside, metadata=facts | _training(folder))
-        aside.rename(out)
-    except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        raise RequestError(f"{out}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
     rank = kohya.rank_of(state)
     console.say(f"{source.name}: {len(state) // 2} layers of rank {rank}, alpha {rank}, in {out}")
     return {"out": str(out), "format": format_, "source": source.name, "layers": len(state) // 2, "rank": rank, "alpha": float(rank)}

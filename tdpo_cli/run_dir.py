@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -12,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tdpo_cli import disk
 from tdpo_cli.errors import RequestError, WorkError
 from tdpo_cli.preset import Preset, from_dict
 
@@ -31,21 +31,10 @@ class RunDir:
         return (self.path / "preset.json").exists()
 
     def lock(self) -> None:
-        """Refuse a second run in this folder, then sweep up what a killed one left half-written. Raises RequestError.
-
-        The kernel drops the lock when its owner dies.
-        """
+        """Refuse a second run in this folder, then sweep up what a killed one left half-written. Raises RequestError."""
         if self._lock is not None:
             return
-        self._make(self.path)
-        with _disk(self.path):
-            lock = open(self.path / ".lock", "w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.close()
-            raise RequestError(f"{self.path}: another tdpo process is training in this folder.") from None
-        self._lock = lock
+        self._lock = disk.lock(self.path, "training")
         for place in (self.path, *(self.path / name for name in ("state", "checkpoints", "images"))):
             for leftover in place.glob(".*.tmp"):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -63,8 +52,8 @@ class RunDir:
         self.write_preset(preset)
 
     def write_preset(self, preset: Preset) -> None:
-        self._make(self.path)
-        _write(self.path / "preset.json", json.dumps(preset.as_dict(), indent=2) + "\n")
+        disk.make(self.path)
+        disk.write_text(self.path / "preset.json", json.dumps(preset.as_dict(), indent=2) + "\n")
 
     def read_preset(self) -> Preset:
         file = self.path / "preset.json"
@@ -84,15 +73,7 @@ class RunDir:
 
     def add_environment(self, entry: dict[str, Any]) -> None:
         """One entry per start or resume."""
-        _write(self.path / "env.json", json.dumps([*self.read_environments(), entry], indent=2) + "\n")
-
-    def _make(self, folder: Path) -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RequestError(f"{folder}: cannot be written: {error.strerror}") from None
-        if not os.access(folder, os.W_OK):
-            raise RequestError(f"{folder}: cannot be written: permission denied")
+        disk.write_text(self.path / "env.json", json.dumps([*self.read_environments(), entry], indent=2) + "\n")
 
     # --- metrics --------------------------------------------------------------------------------------------------------
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -109,7 +90,7 @@ class RunDir:
         """Append one epoch, or nothing of it. NaN and infinity become null."""
         file = self.path / "metrics.jsonl"
         before = file.stat().st_size if file.exists() else 0
-        with _disk(self.path):
+        with disk.failures(self.path):
             try:
                 with open(file, "a") as out:
                     out.write(json.dumps(_finite(row)) + "\n")
@@ -130,7 +111,7 @@ class RunDir:
                 warn(f"{file}: line {bad + 1} is {'damaged' if bad < len(lines) else 'missing'}; mended from the copy in {copy.parent}.")
         else:
             wanted = [json.dumps(row) + "\n" for row in self.read_metrics() if row["epoch"] < first_epoch] if first_epoch else []
-        _write(file, "".join(wanted))
+        disk.write_text(file, "".join(wanted))
 
     def _metric_lines(self) -> list[str]:
         file = self.path / "metrics.jsonl"
@@ -141,11 +122,8 @@ class RunDir:
     # --- images ---------------------------------------------------------------------------------------------------------
     def save_image(self, name: str, image: Any) -> None:
         """images/NAME, whole or not at all."""
-        (self.path / "images").mkdir(exist_ok=True)
-        aside = self.path / "images" / f".{name}.tmp"
-        with _disk(self.path), _nothing_left(aside):
+        with disk.whole(self.path / "images" / name) as aside:
             image.save(aside, format="PNG")
-            aside.rename(self.path / "images" / name)
 
     # --- state and checkpoints ------------------------------------------------------------------------------------------
     def save_state(self, epoch: int, state: dict[str, Any], digest: str) -> None:
@@ -193,9 +171,9 @@ class RunDir:
     @contextlib.contextmanager
     def _folder(self, target: Path, epoch: int, digest: str) -> Iterator[Path]:
         """Written aside, hashed, synced, renamed: a folder of that name is either whole or not there."""
-        aside = target.with_name(f".{target.name}.tmp")
+        aside = disk.aside_of(target)
         shutil.rmtree(aside, ignore_errors=True)
-        with _disk(self.path), _nothing_left(aside):
+        with disk.failures(self.path), disk.nothing_left(aside):
             aside.mkdir(parents=True)
             yield aside
             files = sorted(path for path in aside.rglob("*") if path.is_file())
@@ -204,15 +182,15 @@ class RunDir:
                 "preset": digest,
                 "files": {str(path.relative_to(aside)): hash_file(path) for path in files},
             }
-            _write(aside / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+            disk.write_text(aside / "manifest.json", json.dumps(manifest, indent=2) + "\n")
             for path in files:
-                _sync(path)
+                disk.sync(path)
             for folder in (path for path in aside.rglob("*") if path.is_dir()):
-                _sync(folder)
-            _sync(aside)
+                disk.sync(folder)
+            disk.sync(aside)
             shutil.rmtree(target, ignore_errors=True)  # an epoch that is run again
             aside.rename(target)
-            _sync(target.parent)
+            disk.sync(target.parent)
 
     # --- reading checkpoints --------------------------------------------------------------------------------------------
     def saved_epochs(self) -> list[int]:
@@ -277,9 +255,9 @@ def rewrite(folder: Path, name: str, text: str) -> None:
     Stopped in between, that one file counts as damaged, until it is replaced once more.
     """
     manifest = json.loads((folder / "manifest.json").read_text())
-    _write(folder / name, text)
+    disk.write_text(folder / name, text)
     manifest["files"][name] = hash_file(folder / name)
-    _write(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    disk.write_text(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
 
 def hash_file(path: Path) -> str:
@@ -295,57 +273,6 @@ def _prune(folder: Path, keep: int, spare: int | None = None) -> None:
     for old in _numbered(folder)[:-keep]:
         if spare is None or old.name != epoch_name(spare):
             shutil.rmtree(old)
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.tmp")
-    with _disk(path.parent), _nothing_left(aside):
-        with open(aside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.rename(path)
-        _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _disk(where: Path) -> Iterator[None]:
-    """A full or failing disk as one clear message."""
-    try:
-        yield
-    except WorkError:
-        raise
-    except Exception as error:
-        # torch and safetensors do not hand on the system's error: a full disk is a RuntimeError about positions
-        if not isinstance(error, (OSError, RuntimeError)) and type(error).__name__ != "SafetensorError":
-            raise
-        reason = getattr(error, "strerror", None) or f"{str(error).strip().splitlines()[0]} (is the disk full? {_free(where)} free)"
-        raise WorkError(f"{where}: writing failed: {reason}. What was saved before is intact.") from error
-
-
-def _free(where: Path) -> str:
-    try:
-        return f"{shutil.disk_usage(where).free / 1e6:.0f} MB"
-    except OSError:
-        return "unknown"
-
-
-@contextlib.contextmanager
-def _nothing_left(aside: Path) -> Iterator[None]:
-    """Whatever goes wrong, no half-written file or folder stays."""
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(aside) if aside.is_dir() else aside.unlink(missing_ok=True)
-        raise
 
 
 def _finite(value: Any) -> Any:

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from tdpo_cli import __version__, figures, memory, model_card, world
+from tdpo_cli import __version__, disk, figures, memory, model_card, world
 from tdpo_cli.console import Console, duration
 from tdpo_cli.cross_eval import models, result, tables, work
-from tdpo_cli.cross_eval.folder import Folder, whole, write_json
+from tdpo_cli.cross_eval.folder import Folder, write_json
 from tdpo_cli.cross_eval.models import Model, Sampling
 from tdpo_cli.errors import RequestError
 from tdpo_cli.pages import cross_eval as page
@@ -172,9 +172,8 @@ def _draw(content: dict[str, Any], folder: Folder, console: Console) -> dict[str
     """The other files and the terminal's tables. -> a summary"""
     texts = {"csv": tables.as_csv(content), "md": tables.as_markdown(content), "html": page.render(content, folder.path)}
     for suffix, text in texts.items():
-        with whole(folder.path / f"cross_eval.{suffix}") as aside:
-            aside.write_text(text, encoding="utf-8")
-    with whole(folder.path / "cross_eval.png") as aside:
+        disk.write_text(folder.path / f"cross_eval.{suffix}", text)
+    with disk.whole(folder.path / "cross_eval.png") as aside:
         figures.cross_eval(content, aside)
     tables.show(content, console)
     lost = sum(score is None for model in content["models"] for rows in model["scores"].values() for row in rows for score in row)

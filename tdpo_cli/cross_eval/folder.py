@@ -1,41 +1,21 @@
-"""The folder of a cross-evaluation: what was asked, the parts that are done, and files that are whole or not there."""
+"""The folder of a cross-evaluation: what was asked, the parts that are done, the result."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
-import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tdpo_cli.errors import RequestError, WorkError
+from tdpo_cli import disk
+from tdpo_cli.errors import RequestError
 
 Part = tuple[int, int, int]  # number of the model, first prompt, end
 
 
-@contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, which becomes `path` at the end, or nothing does. Raises WorkError where the disk fails."""
-    aside = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield aside
-        with open(aside, "rb+") as file:
-            os.fsync(file.fileno())
-        aside.rename(path)
-    except OSError as error:
-        raise WorkError(f"{path}: cannot be written: {error.strerror or error}. What was finished before is intact.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-
-
 def write_json(path: Path, content: Any, indent: int | None = None) -> None:
-    with whole(path) as aside:
-        aside.write_text(json.dumps(content, ensure_ascii=False, indent=indent, allow_nan=False) + "\n", encoding="utf-8")
+    disk.write_text(path, json.dumps(content, ensure_ascii=False, indent=indent, allow_nan=False) + "\n")
 
 
 class Folder:
@@ -63,18 +43,8 @@ class Folder:
             raise RequestError(f"{file}: damaged: {error}. Choose another --out.") from None
 
     def lock(self) -> None:
-        """Make the folder, and refuse a second process in it; the kernel drops the lock when its owner dies. Raises RequestError."""
-        if self._lock is not None:
-            return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "w")
-        except OSError as error:
-            raise RequestError(f"{self.path}: cannot be written: {error.strerror or error}.") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RequestError(f"{self.path}: another tdpo process is at work in this folder.") from None
+        """Make the folder, and refuse a second process in it. Raises RequestError."""
+        self._lock = self._lock or disk.lock(self.path, "at work")
 
     def begin(self, request: dict[str, Any]) -> None:
         write_json(self.path / "request.json", request, indent=1)

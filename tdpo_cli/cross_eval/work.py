@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tdpo_cli import comparison, grid, memory, models, scoring
-from tdpo_cli.cross_eval.folder import Folder, Part, whole, write_json
+from tdpo_cli import comparison, disk, grid, memory, models, scoring
+from tdpo_cli.cross_eval.folder import Folder, Part, write_json
 from tdpo_cli.cross_eval.models import Model, hashes, network
 from tdpo_cli.errors import RequestError, WorkError
 from tdpo_cli.randomness import Randomness
@@ -85,7 +85,7 @@ def do(
             images = torch.stack([torch.from_numpy(np.array(picture)) for picture in pictures]).permute(0, 3, 1, 2).to(device).float() / 255
             judged = judges.judge(images, texts, per_prompt, batch_size)
         for i, picture in enumerate(pictures):
-            with whole(folder.path / "images" / model.name / image_name(first + i // per_prompt, i % per_prompt)) as aside:
+            with disk.whole(folder.path / "images" / model.name / image_name(first + i // per_prompt, i % per_prompt)) as aside:
                 picture.save(aside, format="PNG")
         write_json(folder.part(model.name, first), judged)
 

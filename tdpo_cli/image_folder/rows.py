@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tdpo_cli import disk
 from tdpo_cli.errors import RequestError
 
 Row = dict[str, Any]  # image, prompt, then a number or None per reward
@@ -45,7 +46,7 @@ class ScoreFile:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists() and self.path.stat().st_size:
                 return self._continue(meta, names, multiple_of)
-            _write_atomically(self.meta_path, json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
+            disk.write_text(self.meta_path, json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
             self.path.write_text(self._header(), encoding="utf-8")
             return 0
         except OSError as error:
@@ -165,9 +166,3 @@ def differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[
         if sorted(old[name].get("sha256", {}).values()) != sorted(new[name]["sha256"].values()):
             lines.append(f"{name}: other weights ({old[name].get('checkpoint')}, now {new[name]['checkpoint']})")
     return lines
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)

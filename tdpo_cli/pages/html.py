@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import html
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tdpo_cli import __version__
-from tdpo_cli.errors import RequestError, WorkError
+from tdpo_cli import __version__, disk
+from tdpo_cli.errors import RequestError
 
 
 def escape(text: object) -> str:
@@ -87,23 +85,8 @@ def save(text: str, file: Path) -> None:
     """Write the page, whole or not at all. Raises RequestError where nothing can be written, WorkError if the disk fails."""
     if file.is_dir():
         raise RequestError(f"{file}: is a folder; expected the name of a file to write, such as {file / 'report.html'}.")
-    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        aside.touch()
-    except OSError as error:
-        raise RequestError(f"{file}: cannot be written: {error.strerror}") from None
-    try:
-        with open(aside, "w", encoding="utf-8") as out:
-            out.write(text)
-            out.flush()
-            os.fsync(out.fileno())
-        aside.replace(file)
-    except OSError as error:
-        raise WorkError(f"{file}: writing failed: {error.strerror}. What was there before is intact.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
+    disk.make(file.parent)
+    disk.write_text(file, text, shared=True)
 
 
 def _cell(cell: str, first: bool) -> str:

@@ -231,7 +231,7 @@ def test_a_damaged_file_is_refused(tmp_path):
 def test_nothing_is_left_where_the_file_cannot_be_written(run, tmp_path):
     (tmp_path / "file").write_text("")
     out = tmp_path / "file/out.safetensors"
-    assert refused(run, "--format", "kohya", "--out", out).startswith(f"{out}: cannot be written")
+    assert refused(run, "--format", "kohya", "--out", out).startswith(f"{out.parent}: cannot be written")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

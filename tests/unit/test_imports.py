@@ -21,7 +21,7 @@ LEVELS = {
         "models", "rewards", "critic", "moments", "reset", "kl", "prompts", "run_dir", "memory", "footprint", "sandbox", "grid", "image_folder",
         "pages",
     ],
-    "ground": ["types", "world", "preset", "settings", "errors", "randomness", "console", "stopping", "placement", "__init__"],
+    "ground": ["types", "world", "disk", "preset", "settings", "errors", "randomness", "console", "stopping", "placement", "__init__"],
 }  # fmt: skip
 SIBLINGS_APART = ["commands", "parts of an epoch"]
 WITHOUT_TORCH = ["cli", "preset", "settings", "memory", "footprint", "prompts", "errors", "console"]

@@ -252,7 +252,7 @@ def test_a_checkpoint_without_a_card_is_no_error(folder):
 
 
 def test_stopped_between_card_and_manifest_the_next_evaluation_mends_it(folder, monkeypatch):
-    real = run_dir._write
+    real = run_dir.disk.write_text
 
     def fails_at_the_manifest(path, text):
         if path.name == "manifest.json":
@@ -260,7 +260,7 @@ def test_stopped_between_card_and_manifest_the_next_evaluation_mends_it(folder, 
         real(path, text)
 
     with monkeypatch.context() as patched:
-        patched.setattr(run_dir, "_write", fails_at_the_manifest)
+        patched.setattr(run_dir.disk, "write_text", fails_at_the_manifest)
         assert "the disk is full" in add_cross_eval(folder, make_result())
     assert "README.md is damaged" in damage(folder)
     assert add_cross_eval(folder, make_result()) is None and damage(folder) is None

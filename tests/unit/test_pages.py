@@ -326,8 +326,8 @@ def test_a_page_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(html.os, "fsync", full)
-    with pytest.raises(WorkError, match="No space left on device. What was there before is intact"):
+    monkeypatch.setattr(html.disk.os, "fsync", full)
+    with pytest.raises(WorkError, match="No space left on device. What was saved before is intact"):
         html.save("new", file)
     assert file.read_text() == "old" and [one.name for one in tmp_path.iterdir()] == ["report.html"]
 

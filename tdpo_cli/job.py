@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,8 +67,6 @@ class Job:
 def build(preset: Preset, world: World, plan: memory.Plan) -> Job:
     """Load the networks and set up what trains. Raises RequestError for what the preset names and is not there."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = preset.model.tf32
-    if preset.model.base == "sandbox" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # its networks are so small that a second thread costs more than it brings
     randomness = Randomness(preset.run.seed)
     prompt_list = prompts.load(preset.rollout.prompts)
     policy = models.load(

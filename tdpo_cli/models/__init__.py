@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +54,8 @@ def resolve(base: str) -> str:
 
 def load(model: Model, *, device: torch.device | str = "cpu", trainable: bool = True, **options: Any) -> Policy:
     """The policy of `model.base`. `trainable=False` leaves out the adapter. Raises RequestError for a folder that is no model."""
+    if model.base == "sandbox" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # its networks are so small that a second thread costs more than it brings
     source, model = resolve(model.base), _starting_point(model)
     family = _family(source, model.revision)
     return importlib.import_module(FAMILIES[family]).load(source, model, device=torch.device(device), trainable=trainable, **options)

@@ -6,6 +6,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from tdpo_cli import models
+from tdpo_cli.preset import Model
 from tdpo_cli.sandbox import ZOO, world
 from tdpo_cli.sandbox.training import preferences
 
@@ -98,3 +100,15 @@ def test_checkpoints_hold_the_published_key_names():
         "mlp.layers.7.bias",
     ):
         assert name in names
+
+
+@pytest.mark.parametrize("given, threads", [(None, 1), ("2", 2)])
+def test_its_networks_take_one_thread_unless_the_user_says_otherwise(given, threads, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS") if given is None else monkeypatch.setenv("OMP_NUM_THREADS", given)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        models.load(Model(base="sandbox"), trainable=False)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)

@@ -15,7 +15,7 @@ help:
 	@echo "make test         install into $(VENV) and run the tests"
 	@echo "make parity       compare the reward scores with the upstream packages' own code (a second environment, Python 3.11)"
 	@echo "make sandbox      train the sandbox's models anew (under an hour on two cores)"
-	@echo "make clean        remove $(VENV), runs and samples"
+	@echo "make clean        remove the environments, runs, samples, scores and cross-evals"
 
 quickstart: $(VENV)/.installed
 	$(BIN)/tdpo train --preset quickstart
@@ -52,4 +52,4 @@ $(PARITY_VENV)/.installed: tests/parity/requirements.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(PARITY_VENV) runs samples
+	rm -rf $(VENV) $(PARITY_VENV) runs samples scores cross-evals

@@ -24,9 +24,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     # which neurons are reset, beside tdpo (none) and tdpo-r (the active ones: here all but 0 to 4 % of them)
     "reset-all": ("tdpo-r", {"algorithm.reset_target": "all"}),
     "reset-dormant": ("tdpo-r", {"algorithm.reset_target": "dormant"}),
-    # at threshold 1 about half of them count as dormant
-    "reset-upper-half": ("tdpo-r", {"algorithm.dormant_threshold": 1.0}),
-    "reset-lower-half": ("tdpo-r", {"algorithm.dormant_threshold": 1.0, "algorithm.reset_target": "dormant"}),
     # how often
     "reset-every-2": ("tdpo-r", {"algorithm.reset_every": 2}),
     "reset-every-5": ("tdpo-r", {"algorithm.reset_every": 5}),

@@ -93,7 +93,7 @@ def figures(main: Sequence[Run], variants: Sequence[Run]) -> None:
     ])  # fmt: skip
     figure("watched.png", [("reward queries", name, draw("queries", f"rewards/{name}/mean")) for name in WATCHED])
     groups = {
-        "which neurons": ["tdpo", "tdpo-r", "reset-all", "reset-dormant", "reset-upper-half", "reset-lower-half"],
+        "which neurons": ["tdpo", "tdpo-r", "reset-all", "reset-dormant"],
         "how often": ["tdpo", "tdpo-r", "reset-every-2", "reset-every-5", "reset-every-20"],
         "the critic": ["tdpo", "tdpo-r", "tdpo-relu", "tdpo-r-relu", "tdpo-4-critic-steps", "tdpo-r-4-critic-steps"],
     }

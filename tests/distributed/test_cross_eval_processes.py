@@ -5,39 +5,19 @@ import os
 import subprocess
 import sys
 
+import tiny
 from helpers import tdpo
 
-PRESET = """
-[model]
-base = "sandbox"
-lora_rank = 2
-dtype = "fp32"
-[rollout]
-prompts = "sandbox"
-eval_prompts = "sandbox"
-samples_per_epoch = 4
-steps = 2
-guidance_scale = 1.0
-[reward]
-train = "aesthetic"
-watch = ["gold"]
-zoo = "sandbox"
-min_count = 1
-[algorithm]
-name = "ddpo"
-[update]
-batch_size = 4
-learning_rate = 2e-2
-[run]
-epochs = 2
-preview_images = 0
-"""
+
+CHANGES = {
+    "rollout__eval_prompts": "sandbox", "reward__train": "aesthetic", "reward__watch": ["gold"], "algorithm__name": "ddpo",
+    "update__batch_size": 4, "update__learning_rate": 2e-2, "run__epochs": 2,
+}  # fmt: skip
 
 
 def test_two_processes_write_the_evaluation_of_one(tmp_path):
-    (tmp_path / "tiny.toml").write_text(PRESET)
     run = tmp_path / "run"
-    assert tdpo("train", "--preset", tmp_path / "tiny.toml", "--out", run).status == 0
+    assert tdpo("train", "--preset", tiny.preset(tmp_path, **CHANGES), "--out", run).status == 0
     # eight prompts, one at once: 24 parts, of which the second process starts in the middle of a model
     settings = ["cross-eval", run, "--rewards", "aesthetic,gold", "--per-prompt", 2, "--batch-size", 2]
     one, two = (tmp_path / folder / "evaluation" for folder in ("one", "two"))

@@ -19,6 +19,7 @@ import time
 import warnings
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -37,32 +38,7 @@ from tdpo_cli import train  # noqa: E402, F401
 from tdpo_cli.run_dir import RunDir, damage, epochs_in  # noqa: E402
 
 EPOCHS = 8
-PRESET = f"""
-[model]
-base = "sandbox"
-lora_rank = 2
-dtype = "fp32"
-[rollout]
-prompts = "sandbox"
-samples_per_epoch = 4
-steps = 2
-guidance_scale = 1.0
-[reward]
-train = "aesthetic"
-zoo = "sandbox"
-min_count = 1
-[algorithm]
-critic_init_std = 0.11
-reset_every = 2
-[update]
-batch_size = 2
-learning_rate = 5e-3
-[run]
-epochs = {EPOCHS}
-save_every = 3
-keep_last = 2
-preview_images = 1
-"""
+CHANGES = {"reward__train": "aesthetic", "run__epochs": EPOCHS, "run__save_every": 3, "run__keep_last": 2, "run__preview_images": 1}
 
 
 def start(log: Path, *arguments: object) -> int:
@@ -115,11 +91,11 @@ def result(run: Path) -> dict[str, object]:
 def campaign(place: Path, kills: int, seed: int) -> dict[str, object]:
     torch.set_num_threads(1)
     place.mkdir(parents=True, exist_ok=True)
-    (place / "tiny.toml").write_text(PRESET)
+    preset = tiny.preset(place, **CHANGES)
     draw, log = random.Random(seed), place / "log.txt"
     begun = time.monotonic()
     straight = place / "straight"
-    status = ended(start(log, "train", "--preset", place / "tiny.toml", "--out", straight), 600)
+    status = ended(start(log, "train", "--preset", preset, "--out", straight), 600)
     assert status == 0, f"the uninterrupted run ended with {status}:\n{log.read_text()}"
     length = time.monotonic() - begun
     expected = result(straight)
@@ -134,7 +110,7 @@ def campaign(place: Path, kills: int, seed: int) -> dict[str, object]:
         finished = -1  # the newest state that was on disk when the last life ended
         while True:
             resume = RunDir(run).holds_a_run
-            arguments = ["--resume"] if resume else ["--preset", place / "tiny.toml"]
+            arguments = ["--resume"] if resume else ["--preset", preset]
             child = start(log, "train", *arguments, "--out", run)
             counts["resumes"] += resume
             # most lives end in their first epochs, so that a run takes many of them

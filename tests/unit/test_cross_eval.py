@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+import tiny
 from helpers import tdpo
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -21,31 +22,6 @@ from tdpo_cli.cross_eval import result, tables
 from tdpo_cli.cross_eval.models import Model, Sampling
 from tdpo_cli.run_dir import damage
 
-PRESET = """
-[model]
-base = "sandbox"
-lora_rank = 2
-dtype = "fp32"
-[rollout]
-prompts = "sandbox"
-eval_prompts = "held-out.txt"
-samples_per_epoch = 4
-steps = 2
-guidance_scale = 1.0
-[reward]
-train = "aesthetic"
-watch = ["gold", "pickscore"]
-zoo = "sandbox"
-min_count = 1
-[algorithm]
-name = "ddpo"
-[update]
-batch_size = 4
-learning_rate = 2e-2       # high, so that two epochs show in the images
-[run]
-epochs = 2
-preview_images = 0
-"""
 PROMPTS = prompts.load("sandbox:held-out")[:5]
 REWARDS = ["aesthetic", "gold", "pickscore"]
 LORA = "pytorch_lora_weights.safetensors"
@@ -56,7 +32,10 @@ QUICK = ("--rewards", ",".join(REWARDS), "--per-prompt", 2, "--batch-size", 4, "
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cross-eval")
-    (folder / "tiny.toml").write_text(PRESET)
+    tiny.preset(
+        folder, rollout__eval_prompts="held-out.txt", reward__train="aesthetic", reward__watch=["gold", "pickscore"], algorithm__name="ddpo",
+        update__batch_size=4, update__learning_rate=2e-2, run__epochs=2,  # a rate so high that two epochs show in the images
+    )  # fmt: skip
     (folder / "held-out.txt").write_text("\n".join(PROMPTS))
     return folder
 

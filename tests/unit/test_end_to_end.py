@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from helpers import tdpo
 from PIL import Image
@@ -16,38 +17,13 @@ from tdpo_cli import preset as presets
 from tdpo_cli.randomness import Randomness
 from tdpo_cli.sandbox import ZOO
 
-PRESET = """
-[model]
-base = "sandbox"
-lora_rank = 2
-dtype = "fp32"
-
-[rollout]
-prompts = "sandbox"
-samples_per_epoch = 8
-steps = 3
-guidance_scale = 3.0
-
-[reward]
-train = "aesthetic"
-watch = ["gold"]
-zoo = "sandbox"
-
-[algorithm]
-critic_init_std = 0.11
-reset_every = 2
-
-[update]
-batch_size = 4
-learning_rate = 5e-3        # high, so that two epochs show in the images
-critic_learning_rate = 1e-3
-clip_range = 1e-2
-
-[run]
-epochs = 2
-seed = 1
-preview_images = 2
-"""
+CHANGES = {
+    "rollout__samples_per_epoch": 8, "rollout__steps": 3, "rollout__guidance_scale": 3.0,
+    "reward__train": "aesthetic", "reward__watch": ["gold"], "reward__min_count": 16,
+    "update__batch_size": 4, "update__critic_learning_rate": 1e-3, "update__clip_range": 1e-2,
+    "update__learning_rate": 5e-3,  # high, so that two epochs show in the images
+    "run__epochs": 2, "run__seed": 1, "run__preview_images": 2,
+}  # fmt: skip
 UPDATES_PER_EPOCH = 3 * 2  # steps x batches
 PROMPTS = ["a red circle on a blue background", "a cyan ring on a black background"]
 LORA = "pytorch_lora_weights.safetensors"
@@ -65,7 +41,7 @@ OF_THE_CRITIC = {"critic_loss", "critic_clip_fraction", "critic_grad_norm", "cri
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    (folder / "tiny.toml").write_text(PRESET)
+    tiny.preset(folder, **CHANGES)
     return folder
 
 
@@ -102,16 +78,6 @@ def samples(straight, place):
     outcome = tdpo("sample", straight, *PROMPTS, "--eta", 0, "--per-prompt", 2, "--seed", 5, "--steps", 4, "--out", place / "samples")
     assert outcome.status == 0, outcome.err
     return place / "samples"
-
-
-def rows(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def timeless(run):
-    """metrics.jsonl as bytes, without what depends on the machine's speed."""
-    varying = ("seconds/", "images_per_second", "peak_memory_bytes")
-    return "\n".join(json.dumps({key: value for key, value in row.items() if not key.startswith(varying)}) for row in rows(run))
 
 
 def weights(run, epoch=1):
@@ -153,28 +119,28 @@ def test_the_environment_says_where_it_ran(straight):
 
 
 def test_metrics_have_every_key_of_the_contract_in_every_epoch(straight):
-    assert [set(row) for row in rows(straight)] == [CONTRACT_KEYS | MORE_KEYS] * 2
+    assert [set(row) for row in tiny.rows(straight, timings=True)] == [CONTRACT_KEYS | MORE_KEYS] * 2
 
 
 def test_metrics_count_epochs_queries_and_updates(straight):
-    assert [(row["epoch"], row["reward_queries"], row["updates"], row["skipped_steps"]) for row in rows(straight)] == [
+    assert [(row["epoch"], row["reward_queries"], row["updates"], row["skipped_steps"]) for row in tiny.rows(straight)] == [
         (0, 8, UPDATES_PER_EPOCH, 0), (1, 16, 2 * UPDATES_PER_EPOCH, 0),
     ]  # fmt: skip
 
 
 def test_what_does_not_apply_is_null_and_nothing_else_is(straight):
-    first, second = rows(straight)
+    first, second = tiny.rows(straight, timings=True)
     unused = {"mean_kl", "dormant_fraction_extra", "agreement"}  # no reference, no second threshold, no learned reward watched
     assert {key for key, value in first.items() if value is None} == unused | {"dormant_overlap"}  # nothing to overlap with yet
     assert {key for key, value in second.items() if value is None} == unused
 
 
 def test_the_first_optimizer_step_finds_the_rollouts_log_probs_again(straight):
-    assert max(row["ratio_drift"] for row in rows(straight)) < 1e-5
+    assert max(row["ratio_drift"] for row in tiny.rows(straight)) < 1e-5
 
 
 def test_resets_happen_in_the_second_epoch_only(straight):
-    first, second = rows(straight)
+    first, second = tiny.rows(straight, timings=True)
     assert first["reset"] == 0
     assert second["reset"] == round(1232 * (1 - second["dormant_fraction"]))
 
@@ -215,15 +181,15 @@ def test_the_model_card_is_readable_markdown_with_metadata(straight):
 def test_ddpo_runs_without_a_critic(train):
     run = train("ddpo", "--algorithm", "ddpo")
     assert not (run / "checkpoints/epoch_0001/critic.safetensors").exists()
-    assert [set(row) for row in rows(run)] == [CONTRACT_KEYS | MORE_KEYS] * 2
-    assert all(row[key] is None for row in rows(run) for key in OF_THE_CRITIC)
-    assert rows(run)[0]["policy_loss"] is not None
+    assert [set(row) for row in tiny.rows(run, timings=True)] == [CONTRACT_KEYS | MORE_KEYS] * 2
+    assert all(row[key] is None for row in tiny.rows(run) for key in OF_THE_CRITIC)
+    assert tiny.rows(run)[0]["policy_loss"] is not None
 
 
 def test_tdpo_equals_tdpo_r_until_the_first_reset(train, straight):
     run = train("tdpo", "--algorithm", "tdpo", "--set", "run.preview_images=0", "--set", "run.keep_last=1")
-    assert timeless(run).splitlines()[0] == timeless(straight).splitlines()[0]
-    assert [row["reset"] for row in rows(run)] == [0, 0]
+    assert tiny.rows(run)[0] == tiny.rows(straight)[0]
+    assert [row["reset"] for row in tiny.rows(run)] == [0, 0]
     trained, reset = weights(run), weights(straight)
     # the reset comes after the last update: it changes the critic alone
     assert all(trained[name].equal(reset[name]) for name in trained if name.startswith("unet."))
@@ -233,7 +199,7 @@ def test_tdpo_equals_tdpo_r_until_the_first_reset(train, straight):
 
 def test_a_reference_gives_the_mean_kl_and_changes_nothing_else(train, straight):
     run = train("reference", "--set", "algorithm.reference=true")
-    logged = [row["mean_kl"] for row in rows(run)]
+    logged = [row["mean_kl"] for row in tiny.rows(run)]
     assert logged[0] == pytest.approx(0, abs=1e-5) and abs(logged[1]) > 1e-4
     assert same(weights(run), weights(straight))
 
@@ -241,12 +207,12 @@ def test_a_reference_gives_the_mean_kl_and_changes_nothing_else(train, straight)
 # --- determinism and resuming -----------------------------------------------------------------------------------------------
 def test_the_same_seed_gives_the_same_run_and_another_a_different_one(train, straight):
     again, other = train("again"), train("other", "--seed", 2)
-    assert timeless(again) == timeless(straight) and same(weights(again), weights(straight))
-    assert timeless(other) != timeless(straight)
+    assert tiny.rows(again) == tiny.rows(straight) and same(weights(again), weights(straight))
+    assert tiny.rows(other) != tiny.rows(straight)
 
 
 def test_a_resumed_run_equals_the_straight_run(resumed, straight):
-    assert timeless(resumed) == timeless(straight)
+    assert tiny.rows(resumed) == tiny.rows(straight)
     assert same(weights(resumed), weights(straight))
     for name in ("epoch_0000", "epoch_0001", "before"):
         assert (resumed / f"images/{name}.png").read_bytes() == (straight / f"images/{name}.png").read_bytes()
@@ -284,12 +250,12 @@ def test_a_run_that_finished_no_epoch_is_resumed_from_the_start(place, straight)
     outcome = tdpo("train", "--resume", "--out", run, "--json")
     assert outcome.status == 0, outcome.err
     assert json.loads(outcome.out)["epochs"] == 2
-    assert timeless(run) == timeless(straight)
+    assert tiny.rows(run) == tiny.rows(straight)
 
 
 def test_the_closing_report_agrees_with_the_metrics(resumed):
     report = json.loads(tdpo("train", "--resume", "--out", resumed, "--json").out)
-    first, last = rows(resumed)
+    first, last = tiny.rows(resumed, timings=True)
     means = [row["rewards/aesthetic/mean"] for row in (first, last)]
     assert (report["rewards"]["aesthetic"]["first"], report["rewards"]["aesthetic"]["last"]) == tuple(means)
     assert report["rewards"]["aesthetic"]["rise"] == pytest.approx((means[1] - means[0]) / first["rewards/aesthetic/std"])
@@ -300,7 +266,7 @@ def test_the_closing_report_agrees_with_the_metrics(resumed):
 def test_training_may_start_from_a_checkpoint(train, straight):
     start = straight / "checkpoints/epoch_0001"
     run = train("continued", "--epochs", 1, "--set", f"model.start_from={start}", "--set", "run.preview_images=0")
-    assert rows(run)[0]["rewards/aesthetic/mean"] != rows(straight)[0]["rewards/aesthetic/mean"]
+    assert tiny.rows(run)[0]["rewards/aesthetic/mean"] != tiny.rows(straight)[0]["rewards/aesthetic/mean"]
     moved = max((weights(run, 0)[name] - value).abs().max().item() for name, value in load_file(start / LORA).items())
     assert 0 < moved <= 1.1 * UPDATES_PER_EPOCH * 5e-3  # Adam moves a weight by at most about the learning rate per step
 

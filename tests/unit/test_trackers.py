@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import tiny
 from accelerate import tracking
 from helpers import tdpo
 from PIL import Image
@@ -16,36 +17,10 @@ from tdpo_cli.console import Console
 from tdpo_cli.preset import Preset, override
 from tdpo_cli.run_dir import RunDir
 
-PRESET = """
-[model]
-base = "sandbox"
-lora_rank = 2
-dtype = "fp32"
-[rollout]
-prompts = "sandbox"
-samples_per_epoch = 4
-steps = 2
-guidance_scale = 1.0
-[reward]
-train = "gold"
-zoo = "sandbox"
-min_count = 1
-[algorithm]
-name = "ddpo"
-[update]
-batch_size = 2
-learning_rate = 5e-3
-[run]
-epochs = 2
-preview_images = 2
-"""
-TIMING = ("seconds/", "images_per_second", "peak_memory_bytes")
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tracked")
-    (folder / "tiny.toml").write_text(PRESET)
+    tiny.preset(folder, algorithm__name="ddpo", run__epochs=2, run__preview_images=2)
     return folder
 
 
@@ -73,14 +48,6 @@ def straight(train):
     return train("straight", "--tracker", "tensorboard")
 
 
-def rows(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def timeless(run):
-    return [{key: value for key, value in row.items() if not key.startswith(TIMING)} for row in rows(run)]
-
-
 def board(run, files="trackers/tensorboard"):
     """What TensorBoard shows. -> tag -> [(step, value)], and step -> preview as [H,W,3]"""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -96,7 +63,7 @@ def board(run, files="trackers/tensorboard"):
 def expected(run):
     """The same from metrics.jsonl, in the single precision of TensorBoard's scalars."""
     curves = {}
-    for row in rows(run):
+    for row in tiny.rows(run, timings=True):
         for name, value in row.items():
             if value is not None:
                 curves.setdefault(name, []).append((row["epoch"], float(np.float32(value))))
@@ -106,7 +73,7 @@ def expected(run):
 def assert_shows_the_run(run):
     scalars, images = board(run)
     assert scalars == expected(run)
-    assert [step for step, _ in images] == [row["epoch"] for row in rows(run)]
+    assert [step for step, _ in images] == [row["epoch"] for row in tiny.rows(run)]
     for step, pixels in images:
         assert (pixels == np.asarray(Image.open(run / f"images/epoch_{step:04d}.png").convert("RGB"))).all()
 
@@ -119,12 +86,12 @@ def test_there_are_none_by_default(plain):
 
 def test_tensorboard_shows_every_row_and_preview_and_nothing_else(straight):
     assert_shows_the_run(straight)
-    unused = {name for name, value in rows(straight)[0].items() if value is None}
+    unused = {name for name, value in tiny.rows(straight, timings=True)[0].items() if value is None}
     assert unused and not unused & board(straight)[0].keys()
 
 
 def test_tracking_changes_nothing_of_the_run(straight, plain):
-    assert timeless(straight) == timeless(plain)
+    assert tiny.rows(straight) == tiny.rows(plain)
     weights = "checkpoints/epoch_0001/pytorch_lora_weights.safetensors"
     assert (straight / weights).read_bytes() == (plain / weights).read_bytes()
 
@@ -147,7 +114,7 @@ def test_a_resumed_run_goes_on_in_the_same_folder(straight, train):
     files = sorted((run / "trackers/tensorboard").glob("events*"))
     assert [[step for step, _ in board(run, file)[1]] for file in files] == [[0], [1]]  # nothing is sent twice
     assert_shows_the_run(run)
-    assert timeless(run) == timeless(straight)
+    assert tiny.rows(run) == tiny.rows(straight)
 
 
 def test_a_tracker_added_to_a_finished_run_is_told_all_of_it(train, straight):
@@ -161,7 +128,7 @@ def test_a_tracker_added_to_a_finished_run_is_told_all_of_it(train, straight):
 def test_a_tracker_may_be_dropped_when_a_run_goes_on(train, straight):
     run = train("dropped", "--tracker", "tensorboard", "--epochs", 1)
     train("dropped", "--resume", "--epochs", 2, "--set", "run.trackers=[]")
-    assert len(rows(run)) == 2 and [step for step, _ in board(run)[0]["epoch"]] == [0]
+    assert len(tiny.rows(run)) == 2 and [step for step, _ in board(run)[0]["epoch"]] == [0]
 
 
 def test_an_epoch_that_runs_again_counts_once(train, straight):
@@ -180,9 +147,9 @@ def test_a_run_that_was_stopped_before_the_tracker_heard_loses_no_epoch(train, p
     with monkeypatch.context() as patched:
         patched.setattr(trackers.TensorBoard, "log", stopped)
         outcome = tdpo("train", "--preset", place / "tiny.toml", "--out", place / "stopped", "--tracker", "tensorboard", "--epochs", 3)
-    assert outcome.status == 130 and len(rows(place / "stopped")) == 1
+    assert outcome.status == 130 and len(tiny.rows(place / "stopped")) == 1
     run = train("stopped", "--resume")
-    assert [row["epoch"] for row in rows(run)] == [0, 1, 2]
+    assert [row["epoch"] for row in tiny.rows(run)] == [0, 1, 2]
     assert_shows_the_run(run)
 
 
@@ -202,7 +169,7 @@ def test_a_tracker_that_fails_warns_once_and_is_told_later_what_it_missed(train,
     log = (run / "log.txt").read_text()
     assert log.count("tracker tensorboard failed") == 1 and "OSError: No space left on device. metrics.jsonl has every epoch" in log
     assert calls == [0, 0, 1]  # the preset, epoch 0, the failure
-    assert timeless(run)[:2] == timeless(plain) and len(rows(run)) == 3
+    assert tiny.rows(run)[:2] == tiny.rows(plain) and len(tiny.rows(run)) == 3
     train("failing", "--resume")
     assert_shows_the_run(run)
 
@@ -218,7 +185,7 @@ def test_a_tracker_that_cannot_start_is_a_warning(train, plain, monkeypatch, tra
     monkeypatch.setattr(cls, "start", unreachable)
     run = train(f"unreachable {tracker}", "--tracker", tracker)
     assert (run / "log.txt").read_text().count(f"warning: tracker {tracker} failed") == 1
-    assert timeless(run) == timeless(plain)
+    assert tiny.rows(run) == tiny.rows(plain)
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
@@ -269,13 +236,13 @@ def test_wandb_offline_gets_the_whole_run_under_one_id_at_every_start(train, pla
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = train("wandb", "--tracker", "wandb", "--epochs", 1)
     train("wandb", "--resume", "--epochs", 2)
-    assert timeless(run) == timeless(plain)
+    assert tiny.rows(run) == tiny.rows(plain)
     files = sorted((run / "trackers/wandb").glob("offline-run-*/*.wandb"))
     known = [history(file) for file in files]
     assert [runs for runs, _, _ in known] == [{(run / "trackers/wandb_id.txt").read_text()}] * 2
     assert [[step for step, _ in steps] for _, steps, _ in known] == [[0], [0, 1]]
     assert [exits for _, _, exits in known] == [[0], [0]]
-    for row, (_, items) in zip(rows(run), known[-1][1], strict=True):
+    for row, (_, items) in zip(tiny.rows(run, timings=True), known[-1][1], strict=True):
         sent = {name: value for name, value in items.items() if not name.startswith(("_", "preview"))}
         assert sent == {name: value for name, value in row.items() if value is not None}
     media = sorted(files[-1].parent.glob("files/media/images/preview_*.png"))

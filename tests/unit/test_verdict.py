@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
+import tiny
 from helpers import make_preset, tdpo
 
 from tdpo_cli import verdict
@@ -168,8 +169,10 @@ def test_a_run_stops_names_its_best_checkpoint_and_stays_stopped(tmp_path, monke
     (tmp_path / "scripted.py").write_text(SCRIPTED)
     run = tmp_path / "run"
     monkeypatch.setenv("METRICS", str(run / "metrics.jsonl"))
-    functions = f'train = "{tmp_path}/scripted.py:trained"\nwatch = ["{tmp_path}/scripted.py:other"]'
-    file = tiny_preset(tmp_path, functions, "epochs = 30\nsave_every = 2\nkeep_last = 2\nstop_on_overoptimisation = 2")
+    file = tiny.preset(
+        tmp_path, rollout__steps=1, reward__train=f"{tmp_path}/scripted.py:trained", reward__watch=[f"{tmp_path}/scripted.py:other"],
+        algorithm__name="ddpo", update__batch_size=4, run__epochs=30, run__save_every=2, run__keep_last=2, run__stop_on_overoptimisation=2,
+    )  # fmt: skip
     straight = tdpo("train", "--preset", file, "--out", run, "--json")
     assert straight.status == 0, straight.err
     report = json.loads(straight.out)
@@ -184,31 +187,3 @@ def test_a_run_stops_names_its_best_checkpoint_and_stays_stopped(tmp_path, monke
     assert len((run / "metrics.jsonl").read_text().splitlines()) == len(rows)
     further = tdpo("train", "--resume", "--out", run, "--set", "run.stop_on_overoptimisation=none", "--epochs", len(rows) + 1)
     assert further.status == 0 and len((run / "metrics.jsonl").read_text().splitlines()) == len(rows) + 1
-
-
-def tiny_preset(folder, rewards, run):
-    """tests/faults/tiny.py's smallest run with other rewards."""
-    file = folder / "stop.toml"
-    file.write_text(f"""
-[model]
-base = "sandbox"
-lora_rank = 2
-dtype = "fp32"
-[rollout]
-prompts = "sandbox"
-samples_per_epoch = 4
-steps = 1
-guidance_scale = 1.0
-[reward]
-{rewards}
-zoo = "sandbox"
-min_count = 1
-[algorithm]
-name = "ddpo"
-[update]
-batch_size = 4
-[run]
-preview_images = 0
-{run}
-""")
-    return file

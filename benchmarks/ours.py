@@ -62,7 +62,7 @@ class Bare:
     def __init__(self, bench: Bench, plan: Plan):
         self.bench, self.plan, self.guided = bench, plan, 2 if bench.preset.rollout.guidance_scale > 1 else 1
         draw = torch.Generator().manual_seed(0)
-        make = lambda *shape, dtype=torch.float32: torch.randn(*shape, generator=draw).to(bench.device, dtype)  # noqa: E731
+        make = lambda *shape, dtype=torch.float32: torch.randn(*shape, generator=draw).to(bench.device, dtype)
         unet, vae = bench.policy.unet, bench.policy.vae
         rows = max(plan.sample_batch, min(plan.micro_batch, bench.size.batch)) * self.guided
         self.x = make(rows, *bench.policy.latent_shape, dtype=unet.dtype)

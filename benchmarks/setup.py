@@ -118,7 +118,8 @@ def _stable_diffusion(size: Size, preset: Preset, device: torch.device, dtype: t
             block_out_channels=(wide, 2 * wide, 4 * wide, 4 * wide),
         )  # fmt: skip
         vae = AutoencoderKL(
-            block_out_channels=(vae_width, 2 * vae_width, 4 * vae_width, 4 * vae_width), layers_per_block=2, latent_channels=4, norm_num_groups=groups,
+            block_out_channels=(vae_width, 2 * vae_width, 4 * vae_width, 4 * vae_width),
+            layers_per_block=2, latent_channels=4, norm_num_groups=groups,
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, sample_size=8 * size.latent,
         )  # fmt: skip
         text = CLIPTextModel(

@@ -62,4 +62,3 @@ def _settings(preset: str | None, overrides: Sequence[tuple[str, Any]]) -> Prese
 
 def _with_base(settings: Preset, base: str) -> Preset:
     return replace(settings, model=replace(settings.model, base=base, start_from=None))
-

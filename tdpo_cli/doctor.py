@@ -162,9 +162,7 @@ def _files(files: list[needed.File]) -> dict[str, Any]:
 # --- for people ---------------------------------------------------------------------------------------------------------
 def _show(report: dict[str, Any], console: Console) -> None:
     console.pairs([("python", report["python"]), *((name, str(one["version"])) for name, one in report["libraries"].items())], title="versions")
-    devices = [
-        (one["device"], f"{one['name']}, {_size(one['total_bytes'])} of memory, {_size(one['free_bytes'])} free") for one in report["devices"]
-    ]
+    devices = [(one["device"], f"{one['name']}, {_size(one['total_bytes'])} of memory, {_size(one['free_bytes'])} free") for one in report["devices"]]
     offline = " (HF_HUB_OFFLINE is set)" if report["hub"]["offline"] else ""
     console.pairs([*devices, ("disk", f"{size(report['free_disk_bytes'])} free"), ("hub cache", report["hub"]["cache"] + offline)], title="machine")
     console.pairs([(name, _state(one)) for name, one in report["rewards"].items()], title="published rewards")

@@ -52,7 +52,9 @@ class Plan:
         micro = min(self.micro_batch, samples)
         if micro > 1:
             half = micro // 2
-            return replace(self, micro_batch=half, sample_batch=min(self.sample_batch, half), decode_chunk=max(1, min(self.decode_chunk, samples) // 2))
+            return replace(
+                self, micro_batch=half, sample_batch=min(self.sample_batch, half), decode_chunk=max(1, min(self.decode_chunk, samples) // 2)
+            )
         last = Plan(1, 1, 1, checkpointing=True, park=True, offload=True)
         return None if self == last else last
 

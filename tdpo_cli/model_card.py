@@ -106,7 +106,7 @@ def _loading(preset: Preset, prompt: str) -> str:
 
 
 def _reward_rows(preset: Preset, rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    number = lambda row, name: "-" if (value := row.get(f"rewards/{name}/mean")) is None else f"{value:.4f}"  # noqa: E731
+    number = lambda row, name: "-" if (value := row.get(f"rewards/{name}/mean")) is None else f"{value:.4f}"
     table = []
     for name in preset.rewards:
         rise = verdict.rise(rows, name)
@@ -159,7 +159,7 @@ def _cross_eval(model: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     level = f"{100 * result['bootstrap']['level']:g} %"
     how = (
         f"{len(result['prompts'])} prompts of `{_short(result['prompt_source'])}`, {result['per_prompt']} images each from the same noise as the "
-        f"base model's, seed {result['seed']}. Differences are in standard deviations of the base model's scores, with {level} intervals over prompts."
+        f"base model's, seed {result['seed']}. Differences are in standard deviations of the base's scores, with {level} intervals over prompts."
     )
     parts = ["## Cross-evaluation", how, _table(("reward", "", "base", "this", "difference", "better than the base"), rows)]
     if model.get("diversity_difference"):

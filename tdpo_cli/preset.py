@@ -78,7 +78,9 @@ class Algorithm:
     kl_penalty: Literal["kl", "abs", "square", "clip", "approx", "js"] = knob("clip", "estimator of the per-step KL penalty")
     kl_penalty_coef: float = knob(0.0, "weight of the KL penalty, on top of the controller's beta; 0 is off", at_least=0)
     init_kl_coef: float = knob(0.2, "initial (or fixed) beta of the KL controller", at_least=0)
-    kl_target: float | None = knob(None, "mean KL that an adaptive controller steers to while kl_penalty_coef is above 0; without it beta is fixed", above=0)
+    kl_target: float | None = knob(
+        None, "mean KL that an adaptive controller steers to while kl_penalty_coef is above 0; without it beta is fixed", above=0
+    )
     kl_horizon: int = knob(2000, "samples over which the adaptive controller acts", at_least=1)
     update_mode: Literal["per-timestep", "all-timesteps"] = knob(
         "per-timestep", "one optimizer step per batch and timestep slot, or (ddpo only) gradients accumulated over all timesteps"
@@ -117,7 +119,9 @@ class Run:
     preview_images: int = knob(4, "images of fixed prompts and noise per epoch", at_least=0)
     trackers: tuple[str, ...] = knob((), "where every epoch is also sent: tensorboard, wandb (extras of the same names)")
     micro_batch: int | None = knob(None, "samples per network call on one device; default from memory; never changes the result", at_least=1)
-    memory_limit: str | None = knob(None, "bytes a process may use, as 12GB, or auto (what is free); it chooses how the work is cut up, never the result")
+    memory_limit: str | None = knob(
+        None, "bytes a process may use, as 12GB, or auto (what is free); it chooses how the work is cut up, never the result"
+    )
     compile: bool = knob(False, "compile the UNet's transformer blocks (torch.compile): minutes at the start, faster afterwards on a GPU")
     max_bad_steps: int = knob(10, "optimizer steps with a non-finite loss or gradient before the run stops", at_least=1)
 
@@ -196,7 +200,7 @@ def locate(name_or_path: str) -> Path:
 
 
 def load(name_or_path: str, overrides: Sequence[tuple[str, Any]] = ()) -> Preset:
-    """The preset of that name or file (.toml, or a run's preset.json), with `("section.key", value)` overrides on top, checked. Raises SettingError."""
+    """The preset of that name or file (.toml, or a run's preset.json), `("section.key", value)` overrides on top, checked. Raises SettingError."""
     path = locate(name_or_path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -296,8 +300,7 @@ def check(preset: Preset, where: str) -> Preset:
         fits = [n for n in range(1, samples + 1) if samples % n == 0]
         nearest = sorted(sorted(fits, key=lambda n: abs(n - batch))[:4])
         raise SettingError(
-            f"{where}: update.batch_size {batch} does not divide rollout.samples_per_epoch {samples}. "
-            f"These would: {', '.join(map(str, nearest))}."
+            f"{where}: update.batch_size {batch} does not divide rollout.samples_per_epoch {samples}. These would: {', '.join(map(str, nearest))}."
         )
     if preset.trained_steps < 1:
         raise SettingError(

@@ -17,9 +17,7 @@ ANIMALS = (
     "camel bat gorilla hedgehog kangaroo"
 ).split()
 # none of the above: what a policy trained on them should be judged by too
-HELD_OUT_ANIMALS = (
-    "elephant giraffe panda penguin owl crab octopus leopard otter hamster peacock swan seal hippopotamus flamingo crocodile"
-).split()
+HELD_OUT_ANIMALS = ("elephant giraffe panda penguin owl crab octopus leopard otter hamster peacock swan seal hippopotamus flamingo crocodile").split()
 HPSV2_STYLES = ("photo", "anime", "concept-art", "paintings")
 SOURCES = ("simple-animals", "simple-animals:held-out", *(f"hpsv2:{style}" for style in HPSV2_STYLES), "sandbox", "sandbox:all", "sandbox:held-out")
 

@@ -32,7 +32,7 @@ class Randomness:
     # --- rollout --------------------------------------------------------------------------------------------------------
     def prompts(self, epoch: int, sample_ids: Sequence[int], choices: Sequence[str]) -> tuple[str, ...]:
         """One prompt per sample, uniform with replacement."""
-        draw = lambda i: torch.randint(len(choices), (), generator=self.generator("prompt", epoch, i)).item()  # noqa: E731
+        draw = lambda i: torch.randint(len(choices), (), generator=self.generator("prompt", epoch, i)).item()
         return tuple(choices[draw(i)] for i in sample_ids)
 
     def initial_latents(self, epoch: int, sample_ids: Sequence[int], shape: Sequence[int]) -> Tensor:
@@ -73,9 +73,7 @@ class Randomness:
         return self.generator("init", network)
 
 
-def shuffle_plan(
-    randomness: Randomness, epoch: int, inner: int, before: ShufflePlan, shuffle_samples: bool, shuffle_timesteps: bool
-) -> ShufflePlan:
+def shuffle_plan(randomness: Randomness, epoch: int, inner: int, before: ShufflePlan, shuffle_samples: bool, shuffle_timesteps: bool) -> ShufflePlan:
     """Permute the rows of the plan before, then the columns of every row on its own: shuffles accumulate over inner epochs."""
     sample_index, step_index = before.sample_index, before.step_index
     n, steps = sample_index.shape

@@ -85,7 +85,12 @@ def preview(job: Job, folder: RunDir, title: str, file: str) -> None:
         return
     shown = [job.prompts[i % len(job.prompts)] for i in range(count)]
     batches = generate(
-        job.policy, shown, range(count), Randomness(job.preset.run.seed, "preview"), job.preset.rollout.guidance_scale, job.plan.sample_batch,
+        job.policy,
+        shown,
+        range(count),
+        Randomness(job.preset.run.seed, "preview"),
+        job.preset.rollout.guidance_scale,
+        job.plan.sample_batch,
         decode_chunk=job.plan.decode_chunk,
     )
     images = [grid.to_pil(image) for batch in batches for image in batch]
@@ -217,7 +222,12 @@ def closing(report: dict[str, Any], preset: Preset, console: Console) -> None:
     console.say()
     console.say(f"verdict: {report['verdict']['sentence']}", style="bold")
     console.say()
-    places = [("checkpoint", report["checkpoint"]), ("report", f"{run}/report.html"), ("previews", f"{run}/images"), ("numbers", f"{run}/metrics.jsonl")]
+    places = [
+        ("checkpoint", report["checkpoint"]),
+        ("report", f"{run}/report.html"),
+        ("previews", f"{run}/images"),
+        ("numbers", f"{run}/metrics.jsonl"),
+    ]
     if report["best_checkpoint"] not in (None, report["checkpoint"]):
         places.insert(1, ("best by the watched rewards", report["best_checkpoint"]))
     console.pairs(places, title="where things are")

@@ -57,9 +57,7 @@ def _overlap(before: Sequence[Tensor], now: Sequence[Tensor]) -> float | None:
 
 
 @torch.no_grad()
-def reinitialise(
-    critic: Critic, optimizer: torch.optim.Optimizer, chosen: Sequence[Tensor], generator: torch.Generator
-) -> int:
+def reinitialise(critic: Critic, optimizer: torch.optim.Optimizer, chosen: Sequence[Tensor], generator: torch.Generator) -> int:
     """Make the chosen hidden neurons new: their incoming rows, bias and outgoing columns, and Adam's moments of exactly these.
 
     Draws are N(0, init_std^2) on the CPU in fp32, layer by layer: rows, then the next layer's columns. Adam's step counters

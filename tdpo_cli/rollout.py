@@ -47,11 +47,11 @@ def generate(
         ids = sample_ids[start : start + batch_size]
         with torch.inference_mode():
             embeds = policy.encode(prompts[start : start + batch_size])
-            x = randomness.initial_latents(0, ids, policy.latent_shape).to(policy.device)
-            noise = lambda k, ids=ids: randomness.step_noise(0, k, ids, policy.latent_shape)  # noqa: E731
-            for _, _, _, x in denoise(policy, embeds, x, noise, guidance):
+            x_T = randomness.initial_latents(0, ids, policy.latent_shape).to(policy.device)
+            noise = lambda k, ids=ids: randomness.step_noise(0, k, ids, policy.latent_shape)
+            for *_, x_0 in denoise(policy, embeds, x_T, noise, guidance):  # noqa: B007 - the last one is decoded
                 on_step(len(ids))
-            images = torch.cat([policy.decode(chunk) for chunk in x.split(decode_chunk or len(x))])
+            images = torch.cat([policy.decode(chunk) for chunk in x_0.split(decode_chunk or len(ids))])
         yield images.clone()
 
 
@@ -88,7 +88,7 @@ def rollout(
             batch = slice(start, start + micro_batch)
             ids, embeds = sample_ids[batch], prompt_embeds[batch]
             x_T = send(randomness.initial_latents(epoch, ids, shape), policy.device)
-            noise = lambda k, ids=ids: randomness.step_noise(epoch, k, ids, shape)  # noqa: E731
+            noise = lambda k, ids=ids: randomness.step_noise(epoch, k, ids, shape)
             latents[batch, 0].copy_(x_T, non_blocking=True)
             for k, x_t, transition, x_next in denoise(policy, embeds, x_T, noise, guidance):
                 latents[batch, k + 1].copy_(x_next, non_blocking=True)

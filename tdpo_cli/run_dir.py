@@ -136,9 +136,7 @@ class RunDir:
                 shutil.copyfile(self.path / "metrics.jsonl", folder / "metrics.jsonl")
         _prune(self.path / "state", STATES_KEPT)
 
-    def save_checkpoint(
-        self, epoch: int, write: Callable[[Path], None], digest: str, keep_last: int | None, spare: int | None = None
-    ) -> Path:
+    def save_checkpoint(self, epoch: int, write: Callable[[Path], None], digest: str, keep_last: int | None, spare: int | None = None) -> Path:
         """`write(folder)` puts weights and model card there; a manifest with hashes is added. Epoch `spare` is kept besides."""
         target = self.path / "checkpoints" / epoch_name(epoch)
         with self._folder(target, epoch, digest) as folder:

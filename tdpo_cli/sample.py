@@ -44,9 +44,7 @@ def run(
     if (out / "metadata.jsonl").exists():
         raise RequestError(f"{out} already holds samples; choose another --out.")
     team = world.current(str(world.device(device)))
-    policy = models.load(
-        source.preset.model, device=team.device, trainable=False, negative_prompt=settings.negative_prompt, lora_scale=lora_scale
-    )
+    policy = models.load(source.preset.model, device=team.device, trainable=False, negative_prompt=settings.negative_prompt, lora_scale=lora_scale)
     policy.set_schedule(settings.steps, settings.eta if eta is None else eta)
     too_long = policy.longer_than_limit(wanted)
     if too_long:

@@ -23,9 +23,7 @@ def checkpoints(zoo: str | None, given: Mapping[str, str]) -> dict[str, str]:
     return {**embedded, **given}
 
 
-def load_rewards(
-    names: Sequence[str], backbones: Backbones, paths: Mapping[str, str], variant: str = "tdpo"
-) -> dict[str, rewards.Reward]:
+def load_rewards(names: Sequence[str], backbones: Backbones, paths: Mapping[str, str], variant: str = "tdpo") -> dict[str, rewards.Reward]:
     """Rewards by name, in order. Raises RequestError."""
     return {name: rewards.load(name, backbones, checkpoint=paths.get(name), variant=variant) for name in names}
 

@@ -57,9 +57,7 @@ class Optimizers:
 
 def make_optimizers(policy: Policy, critic: Critic | None, preset: Preset) -> Optimizers:
     settings, device = preset.update, policy.device
-    options = dict(
-        betas=(settings.adam_beta1, settings.adam_beta2), eps=settings.adam_epsilon, weight_decay=settings.adam_weight_decay
-    )
+    options = dict(betas=(settings.adam_beta1, settings.adam_beta2), eps=settings.adam_epsilon, weight_decay=settings.adam_weight_decay)
     policy_class = torch.optim.AdamW
     if settings.optimizer == "adamw-8bit":
         policy_class = _adamw_8bit()
@@ -217,9 +215,7 @@ def _more_critic_steps(
             optimizers.critic.step()
 
 
-def _keep_masks(
-    randomness: Randomness, epoch: int, inner: int, index: int, rows: int, preset: Preset, repeat: int = 0
-) -> list[Tensor] | None:
+def _keep_masks(randomness: Randomness, epoch: int, inner: int, index: int, rows: int, preset: Preset, repeat: int = 0) -> list[Tensor] | None:
     if not preset.algorithm.critic_dropout:
         return None
     return randomness.keep_masks(epoch, inner, index, rows, WIDTHS[: len(DROPOUT)], DROPOUT, repeat)
@@ -263,8 +259,8 @@ def summarise(steps: Sequence[Step], world: World) -> dict[str, float | int | No
     ])  # fmt: skip
     count, loss, clipped, kl = world.sum(policy_sums).tolist()
     drift = world.max(steps[0].log_ratios.abs().max() if len(steps[0].log_ratios) else torch.zeros((), device=pairs.device))
-    mean = lambda column: torch.cat(column).double().mean().item() if column[0] is not None else None  # noqa: E731
-    norm = lambda column: torch.stack(column).mean().item() if column[0] is not None else None  # noqa: E731
+    mean = lambda column: torch.cat(column).double().mean().item() if column[0] is not None else None
+    norm = lambda column: torch.stack(column).mean().item() if column[0] is not None else None
     return {
         "policy_loss": loss / count,
         "critic_loss": mean([step.critic_losses for step in good]),
@@ -277,4 +273,3 @@ def summarise(steps: Sequence[Step], world: World) -> dict[str, float | int | No
         "skipped_steps": sum(step.skipped for step in steps),
         "overflowed_steps": sum(step.overflowed for step in steps),
     }
-

@@ -44,9 +44,7 @@ class LinearPolicy:
 
 
 @torch.no_grad()
-def make_trajectory(
-    policy: LinearPolicy, samples: int, embed_dim: int = 5, guidance: float = 1.0, epoch: int = 0, seed: int = 0
-) -> Trajectory:
+def make_trajectory(policy: LinearPolicy, samples: int, embed_dim: int = 5, guidance: float = 1.0, epoch: int = 0, seed: int = 0) -> Trajectory:
     """Samples of the policy with seeded noise, seeded image embeddings and values."""
     draw = torch.Generator().manual_seed(seed)
     steps = len(policy.timesteps)

@@ -33,7 +33,8 @@ def metrics(epoch: int, rewards: tuple[str, ...], critic: bool = True, **changed
         row[f"rewards/{name}/mean"] = (5 + 0.05 * epoch if i == 0 else 0.5 + 0.1 * math.sin(epoch / 7)) + 0.01 * math.sin(9 * epoch + i)
         row[f"rewards/{name}/std"] = 1.1 if i == 0 else 0.06
     row |= {
-        "agreement": 0.6 + 0.001 * epoch, "policy_loss": 1e-3, "critic_loss": 0.4 if critic else None, "approx_kl": 1e-4 * (1 + epoch % 5), "policy_clip_fraction": 0.03,
+        "agreement": 0.6 + 0.001 * epoch, "policy_loss": 1e-3,
+        "critic_loss": 0.4 if critic else None, "approx_kl": 1e-4 * (1 + epoch % 5), "policy_clip_fraction": 0.03,
         "critic_clip_fraction": 0.2 if critic else None, "policy_grad_norm": 0.05, "critic_grad_norm": 1.1 if critic else None, "ratio_drift": 0.0,
         "skipped_steps": 0, "overflowed_steps": 0, "critic_explained_variance": 0.3 - 0.01 * epoch if critic else None, "updates": 20 * (epoch + 1),
         "dormant_fraction": 0.001 * epoch if critic else None, "dormant_overlap": None, "dormant_fraction_extra": None,

@@ -82,7 +82,7 @@ def figure(name: str, panels: Sequence[tuple[str, str, Callable[[plt.Axes], None
 
 def figures(main: Sequence[Run], variants: Sequence[Run]) -> None:
     names, colours = list(COLOURS), list(COLOURS.values())
-    draw = lambda axis, column: lambda axes: over(axes, main, names, axis, column, colours)  # noqa: E731
+    draw = lambda axis, column: lambda axes: over(axes, main, names, axis, column, colours)
     figure("queries.png", [
         ("reward queries", "proxy (aesthetic)", draw("queries", PROXY)), ("reward queries", "gold (the truth)", draw("queries", GOLD)),
         ("optimizer steps", "gold (the truth)", draw("steps", GOLD)), ("reward queries", "KL to the base model", draw("queries", "mean_kl")),
@@ -186,7 +186,7 @@ def agreement(runs: Sequence[Run]) -> str:
     fell = [j for j in found if j.gold_peak is not None]
     off = sorted(j.since - j.gold_peak for j in fell if j.kind in analysis.WARNINGS)
     late = sorted(j.first - j.gold_seen for j in fell if j.first is not None and j.gold_seen is not None)
-    spread = lambda values: f"{values[len(values) // 2]:+d} (median; {values[0]:+d} to {values[-1]:+d}; {len(values)} runs)"  # noqa: E731
+    spread = lambda values: f"{values[len(values) // 2]:+d} (median; {values[0]:+d} to {values[-1]:+d}; {len(values)} runs)"
     if off:
         lines.append(f"- turning point that a warning names, minus gold's peak, in epochs: {spread(off)}")
     if late:

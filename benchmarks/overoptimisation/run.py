@@ -96,7 +96,7 @@ def result(task: Task, out: Path, changes: dict[str, Any]) -> dict[str, Any]:
     """What the figures need of a run: every epoch's row, six digits."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     names = [name for name in rows[0] if name in COLUMNS or name.startswith("rewards/")]
-    digits = lambda value: float(f"{value:.6g}") if isinstance(value, float) else value  # noqa: E731
+    digits = lambda value: float(f"{value:.6g}") if isinstance(value, float) else value
     environment = json.loads((out / "env.json").read_text())[-1]
     return {
         "arm": task.arm, "seed": task.seed, "epochs": task.epochs, "overrides": changes, "commit": commit(),

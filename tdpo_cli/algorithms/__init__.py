@@ -41,7 +41,7 @@ def credit(algorithm: Algorithm, everyone: Trajectory, rewards: Tensor) -> Credi
     if fine.all():
         return algorithm.credit(everyone, rewards)
     rows = fine.nonzero().flatten()
-    part = lambda tensor: None if tensor is None else tensor[rows.to(tensor.device)]  # noqa: E731
+    part = lambda tensor: None if tensor is None else tensor[rows.to(tensor.device)]
     some = replace(
         everyone, prompts=tuple(everyone.prompts[i] for i in rows), prompt_keys=tuple(everyone.prompt_keys[i] for i in rows),
         log_probs=part(everyone.log_probs), ref_log_probs=part(everyone.ref_log_probs), values=part(everyone.values),

@@ -19,7 +19,9 @@ from tdpo_cli.errors import RequestError
 def sample(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder, a run folder, LoRA weights, `base`, a diffusers folder or hub id.")],
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPTS...", help="Strings, a text file with one prompt a line, or - for standard input.")],
-    preset: Annotated[Optional[str], typer.Option(metavar="NAME|FILE.toml", help="Base model and sampling settings [default: the run's own].")] = None,
+    preset: Annotated[
+        Optional[str], typer.Option(metavar="NAME|FILE.toml", help="Base model and sampling settings [default: the run's own].")
+    ] = None,
     set_: options.SetOption = None,
     epoch: Annotated[Optional[int], typer.Option(help="Of a run folder: which checkpoint [default: the last].")] = None,
     out: Annotated[Optional[Path], typer.Option(help="Folder for the images [default: a new samples/NAME-0001].")] = None,

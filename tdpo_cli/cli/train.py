@@ -38,7 +38,8 @@ def train(
     checkpoint: options.CheckpointOption = None,
     zoo: options.ZooOption = None,
     memory_limit: Annotated[
-        Optional[str], typer.Option(metavar="SIZE|auto", help="Cut up the work so that a process stays below this, as 12GB. The result stays the same.")
+        Optional[str],
+        typer.Option(metavar="SIZE|auto", help="Cut up the work so that a process stays below this, as 12GB. The result stays the same."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen; write nothing.")] = False,
     json_: options.JsonFlag = False,

@@ -110,9 +110,7 @@ def _of_run(run: RunDir, folder: Path, preset_name: str | None, overrides: Seque
 def sampling(settings: Preset) -> Sampling:
     model, rollout = settings.model, settings.rollout
     weights = None if model.start_from is None else str(Path(model.start_from).resolve())
-    return Sampling(
-        model.base, model.revision, model.dtype, weights, rollout.steps, rollout.guidance_scale, rollout.eta, rollout.negative_prompt
-    )
+    return Sampling(model.base, model.revision, model.dtype, weights, rollout.steps, rollout.guidance_scale, rollout.eta, rollout.negative_prompt)
 
 
 def network(sampling: Sampling) -> preset.Model:

@@ -89,7 +89,7 @@ def _index_file(source: str, revision: str | None) -> Path:
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             raise RequestError(
-                f"{folder}: no model_index.json there, so it is not a diffusers model folder. Give the folder that holds it (beside unet/, vae/, ...)."
+                f"{folder}: no model_index.json there, so it is no diffusers model folder. Give the folder that holds it (beside unet/, vae/, ...)."
             )
         return folder / "model_index.json"
     if folder.is_file():
@@ -110,4 +110,3 @@ def _index_file(source: str, revision: str | None) -> Path:
             f"{source}: no such folder, and the hub did not give it: {reason}\nFetch it with: hf download {source}{at}\n"
             "or give a folder: --set model.base=PATH"
         ) from None
-

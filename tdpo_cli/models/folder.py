@@ -38,7 +38,9 @@ def component(cls: type, source: str, subfolder: str, revision: str | None, **op
             error = error or caught
     else:
         place = folder if local else f"{source}, {subfolder}"
-        advice = "Copy or download the model again." if local else f"Fetch it with: hf download {source}" + (f" --revision {revision}" if revision else "")
+        advice = (
+            "Copy or download the model again." if local else f"Fetch it with: hf download {source}" + (f" --revision {revision}" if revision else "")
+        )
         raise RequestError(f"{place}: does not load as {cls.__name__}: {_reason(error)}. {advice}") from None
     if not network:
         return loaded

@@ -186,7 +186,7 @@ def load(
 ) -> StableDiffusion:
     """Networks of a StableDiffusionPipeline folder or hub id, one by one (no pipeline object, no safety checker)."""
     dtype = DTYPES[model.dtype] if device.type != "cpu" else torch.float32
-    part = lambda cls, subfolder, **kw: component(cls, source, subfolder, model.revision, **kw)  # noqa: E731
+    part = lambda cls, subfolder, **kw: component(cls, source, subfolder, model.revision, **kw)
     text_encoder = part(CLIPTextModel, "text_encoder", torch_dtype=dtype)
     tokenizer = part(CLIPTokenizer, "tokenizer")
     vae = part(AutoencoderKL, "vae", torch_dtype=dtype)
@@ -212,7 +212,9 @@ def load(
 def _make_trainable(policy: StableDiffusion, model: Model, dtype: torch.dtype, keep_reference: bool, randomness: Randomness) -> None:
     whole_unet = model.start_from is not None and (Path(model.start_from) / "unet").is_dir()
     if whole_unet and model.lora_rank > 0:
-        raise RequestError(f"{model.start_from} holds a whole UNet, the preset asks for a LoRA of rank {model.lora_rank}. Use --set model.lora_rank=0.")
+        raise RequestError(
+            f"{model.start_from} holds a whole UNet, the preset asks for a LoRA of rank {model.lora_rank}. Use --set model.lora_rank=0."
+        )
     if model.lora_rank == 0 and model.start_from and not whole_unet:
         rank = lora.rank_of(Path(model.start_from))
         raise RequestError(f"{model.start_from} holds a LoRA of rank {rank}, the preset trains the whole UNet. Use --set model.lora_rank={rank}.")

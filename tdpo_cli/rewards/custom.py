@@ -44,9 +44,7 @@ class FunctionReward:
         except (TypeError, ValueError, RuntimeError) as error:
             raise RewardError(f"reward {self.name} gave a {type(result).__name__}, expected [b] numbers") from error
         if scores.shape != (len(images),):
-            raise RewardError(
-                f"reward {self.name} gave shape {list(scores.shape)}, expected [{len(images)}], one per image"
-            )
+            raise RewardError(f"reward {self.name} gave shape {list(scores.shape)}, expected [{len(images)}], one per image")
         return scores
 
     def describe(self) -> dict[str, Any]:
@@ -85,9 +83,7 @@ def _from_file(path: Path, spec: str) -> ModuleType:
     try:
         loader.loader.exec_module(module)
     except Exception as error:
-        raise RewardError(
-            f"custom reward {spec!r}: importing {path} failed: {type(error).__name__}: {error}"
-        ) from error
+        raise RewardError(f"custom reward {spec!r}: importing {path} failed: {type(error).__name__}: {error}") from error
     finally:
         sys.path.pop(0)
     return module
@@ -98,9 +94,7 @@ def _from_module(name: str, spec: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except Exception as error:
-        raise RewardError(
-            f"custom reward {spec!r}: importing {name} failed: {type(error).__name__}: {error}"
-        ) from error
+        raise RewardError(f"custom reward {spec!r}: importing {name} failed: {type(error).__name__}: {error}") from error
     finally:
         sys.path.pop(0)
 

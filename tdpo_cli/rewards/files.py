@@ -47,8 +47,7 @@ def find(source: str | Path, *candidates: str, needed_by: str, fetch: str = "") 
             return folder / name
     state = "it is not there" if folder.is_dir() else "there is no such folder"
     raise RewardError(
-        f"{needed_by} needs {' or '.join(candidates)}, looked for in {folder}: {state}. "
-        f"Fetch it with: hf download {fetch} --local-dir {folder}"
+        f"{needed_by} needs {' or '.join(candidates)}, looked for in {folder}: {state}. Fetch it with: hf download {fetch} --local-dir {folder}"
     )
 
 

@@ -81,17 +81,13 @@ class BlipBackbone(FrozenImageEncoder):
         try:
             with files.building():
                 image_settings = image_config(image_state, files.read_json(vision_config) if vision_config else {})
-                text_settings = text_encoder_config(
-                    text_state, files.read_json(text_config), image_settings.hidden_size
-                )
+                text_settings = text_encoder_config(text_state, files.read_json(text_config), image_settings.hidden_size)
                 self.vision = BlipVisionModel(image_settings)
                 self.text = BlipTextModel(text_settings, add_pooling_layer=False)
         except KeyError as error:
             raise RewardError(f"{weights} does not fit ImageReward: it has nothing like {error.args[0]}") from error
         except (TypeError, ValueError) as error:
-            raise RewardError(
-                f"{vision_config or text_config} does not describe ImageReward's BLIP: {error}"
-            ) from error
+            raise RewardError(f"{vision_config or text_config} does not describe ImageReward's BLIP: {error}") from error
         files.fill(self.vision, image_state, weights)
         files.fill(self.text, text_state, weights)
         self.image_size, self.mean, self.std = image_settings.image_size, OPENAI_MEAN, OPENAI_STD
@@ -203,9 +199,7 @@ def imagereward(backbones: Backbones, checkpoint: str | None, variant: str) -> I
         return files.read_weights(weights)
 
     key = weights.resolve()
-    blip = backbones.hold(
-        ("imagereward", key), lambda: BlipBackbone(read(), weights, text_config, vision_config, vocabulary)
-    )
+    blip = backbones.hold(("imagereward", key), lambda: BlipBackbone(read(), weights, text_config, vision_config, vocabulary))
     head = backbones.hold(("imagereward head", key), lambda: ScoreHead(_under(read(), "mlp."), weights, blip.embed_dim))
     return ImageReward(blip, head, source, variant)
 

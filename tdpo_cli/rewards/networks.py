@@ -209,9 +209,7 @@ class ScoreHead(Frozen):
             return self.layers(embeddings.float()).squeeze(1)
 
 
-def cosine(
-    clip: ClipBackbone | OpenClipBackbone, images: Tensor, prompts: Sequence[str], framing: Framing = "floor"
-) -> Tensor:
+def cosine(clip: ClipBackbone | OpenClipBackbone, images: Tensor, prompts: Sequence[str], framing: Framing = "floor") -> Tensor:
     """The cosine of each image and its prompt: [b,3,H,W] and b prompts -> [b] float32 on the network's device."""
     if len(prompts) != len(images):
         raise RewardError(f"{len(images)} images but {len(prompts)} prompts")
@@ -236,9 +234,7 @@ def _load_clip(folder: Path, weights: Path) -> nn.Module:
 
     try:
         with files.quiet_transformers():
-            model, info = CLIPModel.from_pretrained(
-                folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
-            )
+            model, info = CLIPModel.from_pretrained(folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True)
     except Exception as error:  # transformers, safetensors, pickle and torch each raise their own
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise RewardError(f"{weights} does not load as the CLIPModel of {folder}/config.json: {reason[0]}") from error

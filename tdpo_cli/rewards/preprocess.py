@@ -159,7 +159,7 @@ def _combine_rows(pixels: Tensor, band: _Band) -> Tensor:
     pixels = pixels.to(torch.int32)
     total = pixels.new_full((len(pixels), band.index.shape[1], pixels.shape[2]), 1 << (_FRACTION_BITS - 1))  # to round
     gathered = torch.empty_like(total)
-    for index, weights in zip(band.index, band.weights):
+    for index, weights in zip(band.index, band.weights, strict=False):
         torch.index_select(pixels, 1, index, out=gathered)
         total.addcmul_(gathered, weights)
     return total.bitwise_right_shift_(_FRACTION_BITS).clamp_(0, 255)

@@ -59,9 +59,7 @@ def held_out_prompts() -> list[str]:
     """48 combinations that no policy is trained on: one for each shape and colour, backgrounds in turn."""
     backgrounds = list(BACKGROUNDS)
     return [
-        prompt_of(shape, colour, backgrounds[(3 * i + j) % len(backgrounds)])
-        for i, shape in enumerate(SHAPES)
-        for j, colour in enumerate(COLOURS)
+        prompt_of(shape, colour, backgrounds[(3 * i + j) % len(backgrounds)]) for i, shape in enumerate(SHAPES) for j, colour in enumerate(COLOURS)
     ]
 
 
@@ -84,12 +82,7 @@ def quickstart_prompts() -> list[str]:
     ]
 
 
-_LOOKUP = {
-    prompt_of(s, c, b): (i, j, k)
-    for i, s in enumerate(SHAPES)
-    for j, c in enumerate(COLOURS)
-    for k, b in enumerate(BACKGROUNDS)
-}
+_LOOKUP = {prompt_of(s, c, b): (i, j, k) for i, s in enumerate(SHAPES) for j, c in enumerate(COLOURS) for k, b in enumerate(BACKGROUNDS)}
 
 
 def parse(prompts: list[str]) -> Tensor:
@@ -158,7 +151,7 @@ def sample_scenes(generator: torch.Generator | int, n: int, prompts: list[str] |
 
 def short_captions(scenes: Scene) -> list[str]:
     shapes, colours, backgrounds = SHAPES, list(COLOURS), list(BACKGROUNDS)
-    rows = zip(scenes.shape.tolist(), scenes.colour.tolist(), scenes.background.tolist())
+    rows = zip(scenes.shape.tolist(), scenes.colour.tolist(), scenes.background.tolist(), strict=False)
     return [prompt_of(shapes[s], colours[c], backgrounds[b]) for s, c, b in rows]
 
 
@@ -168,7 +161,7 @@ def caption(scenes: Scene) -> list[str]:
     sizes = ((scenes.size - SMALLEST) / step).long().clamp(0, len(SIZE_WORDS) - 1).tolist()
     rows, columns = (((v > -2).long() + (v > 2).long()).tolist() for v in (scenes.y, scenes.x))
     captions = []
-    for short, size, row, column in zip(short_captions(scenes), sizes, rows, columns):
+    for short, size, row, column in zip(short_captions(scenes), sizes, rows, columns, strict=False):
         subject, ground = short.split(" ", 1)[1].split(" on ")
         captions.append(f"a {SIZE_WORDS[size]} {subject} at the {ROW_WORDS[row]} {COLUMN_WORDS[column]} on {ground}")
     return captions

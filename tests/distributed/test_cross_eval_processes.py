@@ -8,7 +8,6 @@ import sys
 import tiny
 from helpers import tdpo
 
-
 CHANGES = {
     "rollout__eval_prompts": "sandbox", "reward__train": "aesthetic", "reward__watch": ["gold"], "algorithm__name": "ddpo",
     "update__batch_size": 4, "update__learning_rate": 2e-2, "run__epochs": 2,

@@ -181,7 +181,10 @@ def test_workers_end_with_a_launcher_that_was_killed(launcher, tmp_path):
         (("--processes", 64), r"64 workers for 48 samples: each needs at least one\."),
         (("--processes", 2, "--gpus", 2), r"--gpus and --processes exclude each other.*"),
         (("--machines", 2, "--gpus", 8), r"--machines 2 needs --machine-rank, --main-address HOST:PORT, and --gpus N.*"),
-        (("--machines", 2, "--processes", 2, "--machine-rank", 2, "--main-address", "a"), r"--machine-rank 2: with --machines 2 it is one of 0 to 1\."),
+        (
+            ("--machines", 2, "--processes", 2, "--machine-rank", 2, "--main-address", "a"),
+            r"--machine-rank 2: with --machines 2 it is one of 0 to 1\.",
+        ),
         (("--machines", 2, "--processes", 2, "--machine-rank", 1, "--main-address", "a"), r"--machines needs --out RUN.*"),
         (("--main-address", "host:1"), r"--machine-rank and --main-address are for several machines.*"),
     ],
@@ -193,7 +196,10 @@ def test_a_wrong_request_is_one_message_before_anything_starts(flags, message, m
     assert re.fullmatch(f"tdpo: {message}\n", outcome.err), outcome.err
 
 
-@pytest.mark.parametrize("flags, asked", [(("--processes", 2), "2 workers"), (("--processes", 2, "--machines", 2, "--machine-rank", 0, "--main-address", "h"), "2 machines of 2 workers")])
+@pytest.mark.parametrize(
+    "flags, asked",
+    [(("--processes", 2), "2 workers"), (("--processes", 2, "--machines", 2, "--machine-rank", 0, "--main-address", "h"), "2 machines of 2 workers")],
+)
 def test_a_worker_checks_that_the_world_is_as_large_as_was_asked(flags, asked, monkeypatch, tmp_path):
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
         monkeypatch.setenv(name, value)

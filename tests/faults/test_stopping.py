@@ -50,7 +50,8 @@ def test_a_stopped_run_keeps_what_is_finished(tmp_path, straight, monkeypatch, n
         return wrapped
 
     place, name = {
-        "rollout": (training, "rollout"), "update": (training, "update"), "saving the state": (RunDir, "save_state"), "writing the row": (RunDir, "log"),
+        "rollout": (training, "rollout"), "update": (training, "update"),
+        "saving the state": (RunDir, "save_state"), "writing the row": (RunDir, "log"),
     }[moment]  # fmt: skip
     with monkeypatch.context() as patch:
         patch.setattr(place, name, once_in_epoch_1(getattr(place, name)))

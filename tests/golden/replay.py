@@ -97,9 +97,7 @@ class Replay:
         if name in self.trace:
             self.comparisons.append(Comparison(name, ours.detach().clone(), self.trace[name], tolerance, relative))
 
-    def compare_number(
-        self, name: str, ours: float | None, recorded: float | None, tolerance: float, relative: bool = False
-    ) -> None:
+    def compare_number(self, name: str, ours: float | None, recorded: float | None, tolerance: float, relative: bool = False) -> None:
         if recorded is not None:
             pair = (torch.tensor([float("nan") if x is None else x], dtype=torch.float64) for x in (ours, recorded))
             self.comparisons.append(Comparison(name, *pair, tolerance, relative))
@@ -114,9 +112,7 @@ class Replay:
         credit = self._credit(epoch, recorded)
         plan = unshuffled(len(recorded), self.preset.rollout.steps)
         for inner in range(self.preset.update.inner_epochs):
-            plan = shuffle_plan(
-                self.randomness, epoch, inner, plan, self.preset.update.shuffle_samples, self.preset.update.shuffle_timesteps
-            )
+            plan = shuffle_plan(self.randomness, epoch, inner, plan, self.preset.update.shuffle_samples, self.preset.update.shuffle_timesteps)
             self._inner_epoch(epoch, inner, recorded, credit, plan)
         self.algorithm.after_epoch(credit)
         recorded_beta = self.trace.epochs[epoch].get("kl_ctl_after")
@@ -219,7 +215,7 @@ class Replay:
 
     def _micro_batches(self, p: str, steps, watcher) -> None:
         batch = self.trace.config["train"]["batch_size"]
-        pairs = lambda name: torch.cat([getattr(step, name) for step in steps]).unflatten(0, (-1, batch))  # noqa: E731
+        pairs = lambda name: torch.cat([getattr(step, name) for step in steps]).unflatten(0, (-1, batch))
         policy_loss, critic_loss = pairs("policy_losses").mean(1), pairs("critic_losses").mean(1)
         self.compare(p + "mb/sample_index", pairs("sample_index"), 0)
         self.compare(p + "mb/step_index", pairs("step_index"), 0)

@@ -1,8 +1,9 @@
 """The product's own code reproduces every quantity that was recorded of the official code."""
 
+from trace import KEPT
+
 import pytest
 import torch
-from trace import KEPT
 
 
 def test_every_recorded_quantity_is_reproduced(replayed, capsys):

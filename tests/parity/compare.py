@@ -22,10 +22,10 @@ from PIL import Image
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "real"))
 
-import test_reward_oracle as recipe
+import test_reward_oracle as recipe  # noqa: E402
 
-from tdpo_cli import rewards
-from tdpo_cli.rewards.backbones import Backbones
+from tdpo_cli import rewards  # noqa: E402
+from tdpo_cli.rewards.backbones import Backbones  # noqa: E402
 
 TOLERANCE = {"aesthetic": 1e-5, "pickscore": 1e-4, "hpsv2": 1e-5, "imagereward": 1e-5}  # pickscore: 100 times a cosine
 SIZES = ((224, 224), (512, 512), (640, 360), (149, 199), (100, 60))  # width, height

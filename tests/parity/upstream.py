@@ -16,8 +16,8 @@ from pathlib import Path
 os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 warnings.filterwarnings("ignore")
 
-import torch
-from PIL import Image
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 Score = Callable[[str, str], float]  # (image file, prompt) -> score
 

@@ -138,7 +138,7 @@ def inputs() -> tuple[list[torch.Tensor], list[str]]:
     torch.set_num_threads(1)
     listing = json.loads((ORACLE / "inputs.json").read_text())
     images = [np.array(Image.open(ORACLE / "images" / f"{name}.png").convert("RGB")) for name in listing["images"]]
-    for pixels, (name, entry) in zip(images, listing["images"].items()):
+    for pixels, (name, entry) in zip(images, listing["images"].items(), strict=False):
         assert zlib.crc32(pixels.tobytes()) == entry["crc32"], name
     return [torch.from_numpy(p).permute(2, 0, 1) / 255 for p in images], list(listing["prompts"].values())
 
@@ -249,7 +249,7 @@ def test_one_batch_of_all_prompts_equals_upstream(scorer, inputs, folders, table
 
 def test_pixels_equal_upstream_to_the_last_grey_level(inputs, image_names, table):
     expected = np.load(ORACLE / "pixels.npz")
-    for image, name in zip(inputs[0], image_names):
+    for image, name in zip(inputs[0], image_names, strict=False):
         found = resize_crop(image[None], 224)[0].permute(1, 2, 0).numpy()
         levels = np.abs(found - expected[f"tdpo_{name}"]).max()
         table.append((f"pixels of {name}, grey levels", "224", levels))
@@ -263,7 +263,7 @@ def test_letterbox_equals_the_hpsv2_package(inputs, image_names, table):
     expected = np.load(ORACLE / "pixels.npz")
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     errors = []
-    for image, name in zip(inputs[0], image_names):
+    for image, name in zip(inputs[0], image_names, strict=False):
         found = normalise(letterbox(image[None], 224), mean, std)[0].numpy()
         errors.append(np.abs(found[:, 3::9, 3::9] - expected[f"hpsv2api_sub_{name}"]).max())
         statistics = [found.mean(), found.std(), found.min(), found.max()]
@@ -276,8 +276,7 @@ def test_tokens_equal_upstream(inputs, folders):
     expected = json.loads((ORACLE / "tokens.json").read_text())
     backbones = Backbones()
     pickscore, hpsv2, imagereward = (
-        rewards.load(scorer, backbones, checkpoint=str(folders(scorer, "reduced")))
-        for scorer in ("pickscore", "hpsv2", "imagereward")
+        rewards.load(scorer, backbones, checkpoint=str(folders(scorer, "reduced"))) for scorer in ("pickscore", "hpsv2", "imagereward")
     )
     prompts = inputs[1]
     assert pickscore.clip.tokens(prompts)["input_ids"].tolist() == expected["hf_clip_batch"]

@@ -26,7 +26,8 @@ from tdpo_cli.sandbox import ZOO
 
 SMALL = {
     "model.base": "sandbox", "model.lora_rank": 2, "model.dtype": "fp32", "rollout.prompts": "sandbox", "rollout.samples_per_epoch": 4,
-    "rollout.steps": 2, "rollout.guidance_scale": 1.0, "reward.train": "gold", "reward.watch": [], "update.batch_size": 2, "run.epochs": 1, "run.preview_images": 0,
+    "rollout.steps": 2, "rollout.guidance_scale": 1.0, "reward.train": "gold", "reward.watch": [],
+    "update.batch_size": 2, "run.epochs": 1, "run.preview_images": 0,
 }  # fmt: skip
 
 
@@ -350,7 +351,9 @@ def test_any_override(key, value):
 
 lines = st.lists(st.text(alphabet=string.printable + "é猫\ufeff\x00\u2028", max_size=20) | st.builds(json.dumps, tables), max_size=4)
 contents = st.binary(max_size=80) | lines.map(lambda some: "\n".join(some).encode())
-rows_of_prompts = st.lists(st.fixed_dictionaries({}, optional={"prompt": scalars, "file_name": scalars, "text": scalars, "image": scalars}), max_size=4)
+rows_of_prompts = st.lists(
+    st.fixed_dictionaries({}, optional={"prompt": scalars, "file_name": scalars, "text": scalars, "image": scalars}), max_size=4
+)
 prompt_files = contents | rows_of_prompts.map(lambda rows: "\n".join(map(json.dumps, rows)).encode())
 
 

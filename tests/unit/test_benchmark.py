@@ -87,7 +87,8 @@ def test_every_way_of_the_ladder_makes_the_same_gradient(bench):
     credit = ours.credit(bench, trajectory, ours.score(bench, trajectory))
     gradients = []
     for ways in (
-        standin.OFFICIAL, standin.Ways(materialised_attention=True, micro_batch=2), standin.Ways(cpu_coefficients=False, device_pixels=True, deferred_look=True),
+        standin.OFFICIAL,
+        standin.Ways(materialised_attention=True, micro_batch=2), standin.Ways(cpu_coefficients=False, device_pixels=True, deferred_look=True),
     ):  # fmt: skip
         bench.restart()
         standin.attention(bench, ways.materialised_attention)

@@ -14,7 +14,7 @@ ALL_OF_TWO = np.array([[2.0, 0.0], [1.0, 1.0], [0.0, 2.0]])  # every way to draw
 
 def change(trained, others, held_out=None):
     """Estimates as since_best gives them: (mean, half width) each."""
-    band = lambda mean, half: {"mean": mean, "low": mean - half, "high": mean + half}  # noqa: E731
+    band = lambda mean, half: {"mean": mean, "low": mean - half, "high": mean + half}
     return {"trained": band(*trained), "others": band(*others), "others_held_out": band(*(held_out or others))}
 
 
@@ -248,7 +248,8 @@ def test_the_verdict_says_what_the_intervals_say(since_base, best_epoch, best, e
 
 
 PARTED = {
-    "base": {"mean": 0.8, "low": 0.7, "high": 0.9}, "model": {"mean": 0.5, "low": 0.3, "high": 0.6}, "change": {"mean": -0.3, "low": -0.4, "high": -0.2},
+    "base": {"mean": 0.8, "low": 0.7, "high": 0.9},
+    "model": {"mean": 0.5, "low": 0.3, "high": 0.6}, "change": {"mean": -0.3, "low": -0.4, "high": -0.2},
 }  # fmt: skip
 
 

@@ -35,7 +35,15 @@ CONTRACT_KEYS = {
     "seconds/rollout", "seconds/score", "seconds/update", "seconds/total", "images_per_second", "peak_memory_bytes",
 }  # fmt: skip
 MORE_KEYS = {"agreement", "overflowed_steps", "dormant_overlap", "dormant_fraction_extra"}  # beyond the contract
-OF_THE_CRITIC = {"critic_loss", "critic_clip_fraction", "critic_grad_norm", "critic_explained_variance", "dormant_fraction", "reset", "dormant_overlap"}
+OF_THE_CRITIC = {
+    "critic_loss",
+    "critic_clip_fraction",
+    "critic_grad_norm",
+    "critic_explained_variance",
+    "dormant_fraction",
+    "reset",
+    "dormant_overlap",
+}
 
 
 @pytest.fixture(scope="module")

@@ -117,5 +117,7 @@ def test_no_torch_at_module_level(module):
 
 
 def test_importing_the_quick_modules_does_not_load_torch():
-    program = f"import sys, {', '.join(f'tdpo_cli.{module}' for module in WITHOUT_TORCH)}; print(sorted({{'torch', 'numpy', 'PIL'}} & set(sys.modules)))"
+    program = (
+        f"import sys, {', '.join(f'tdpo_cli.{module}' for module in WITHOUT_TORCH)}; print(sorted({{'torch', 'numpy', 'PIL'}} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -74,7 +74,7 @@ def unet(config, dtype):
 
 def call(network, config, dtype):
     side = config["sample_size"]
-    make = lambda *shape: torch.empty(*shape, dtype=dtype, device="meta")  # noqa: E731
+    make = lambda *shape: torch.empty(*shape, dtype=dtype, device="meta")
     with contextlib.redirect_stderr(None):
         return network(make(2, 4, side, side), torch.zeros(2, device="meta"), encoder_hidden_states=make(2, 77, config["block_out_channels"][0]))
 
@@ -164,7 +164,9 @@ def test_without_a_limit_a_cpu_takes_the_first_plan():
     assert memory.choose(presets.load("quickstart"), memory.limit(presets.load("quickstart"), 10**6, gpu=False), gpu=False) == memory.CPU_LADDER[0]
 
 
-@pytest.mark.parametrize("text, count", [("12GB", 12e9), ("800 MiB", 800 * 2**20), ("1.5gb", 1.5e9), ("1000000", 1e6), ("auto", None), ("AUTO", None)])
+@pytest.mark.parametrize(
+    "text, count", [("12GB", 12e9), ("800 MiB", 800 * 2**20), ("1.5gb", 1.5e9), ("1000000", 1e6), ("auto", None), ("AUTO", None)]
+)
 def test_sizes_are_read(text, count):
     assert memory.parse(text) == count
 

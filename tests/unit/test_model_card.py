@@ -29,7 +29,7 @@ def make_settings(**changes):
 def make_rows(preset, epochs=3, trained=0.5, others=-0.5):
     """Rewards that start at 4 with a spread of 2 and move by so much an epoch."""
     slopes = {name: trained if name == preset.reward.train else others for name in preset.rewards}
-    rewards = lambda epoch: {f"rewards/{name}/mean": 4 + slope * epoch for name, slope in slopes.items()}  # noqa: E731
+    rewards = lambda epoch: {f"rewards/{name}/mean": 4 + slope * epoch for name, slope in slopes.items()}
     spreads = {f"rewards/{name}/std": 2.0 for name in preset.rewards}
     return [{"epoch": epoch, "reward_queries": 256 * (epoch + 1), "updates": 100 * (epoch + 1)} | rewards(epoch) | spreads for epoch in range(epochs)]
 

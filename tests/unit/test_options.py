@@ -203,7 +203,9 @@ def test_only_tdpo_r_resets():
     assert run_with({"algorithm.name": "tdpo"})["rows"][-1]["reset"] == 0
     assert run_with({"algorithm.reset_target": "none"})["rows"][-1]["reset"] == 0
     assert run_with({"algorithm.reset_target": "all"})["rows"][-1]["reset"] == 1024 + 128 + 64 + 16
-    active, dormant = (run_with({"algorithm.reset_target": target} if target != "active" else {})["rows"][-1]["reset"] for target in ("active", "dormant"))
+    active, dormant = (
+        run_with({"algorithm.reset_target": target} if target != "active" else {})["rows"][-1]["reset"] for target in ("active", "dormant")
+    )
     assert active + dormant == 1024 + 128 + 64 + 16
 
 
@@ -342,6 +344,7 @@ def tracking(tmp_path):
 
 def max_bad_steps(monkeypatch):
     """run.max_bad_steps: that many broken optimizer steps end the run, fewer do not."""
+
     def broken(self, *args, **kwargs):
         transition = real(self, *args, **kwargs)
         return dataclasses.replace(transition, mean=transition.mean * float("nan")) if torch.is_grad_enabled() and next(bad) else transition

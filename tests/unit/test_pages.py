@@ -397,7 +397,8 @@ def test_a_report_shows_what_was_recorded(tmp_path):
         "Rewards", "Pictures", "Each reward on its own scale", "Policy", "Critic", "Time and memory", "Settings", "Environment", "Numbers",
     ]  # fmt: skip
     assert document.text("h3") == [
-        "All rewards on a common scale", "aesthetic", "gold", "pickscore", "hpsv2", "Agreement of the rewards", "approx_kl", "mean_kl", "Clip fractions", "Gradient norms",
+        "All rewards on a common scale", "aesthetic", "gold", "pickscore", "hpsv2",
+        "Agreement of the rewards", "approx_kl", "mean_kl", "Clip fractions", "Gradient norms",
         "ratio_drift", "Explained variance", "Dormant neurons", "Critic loss", "Seconds per epoch", "Images per second", "Peak memory, GB",
     ]  # fmt: skip
     facts = dict(zip(document.text("dt"), document.text("dd"), strict=True))

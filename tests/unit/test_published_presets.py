@@ -80,7 +80,14 @@ DIFFERENT = {
     "hpsv2": ("hpsv2:photo", ["pickscore", "imagereward", "aesthetic"]),
     "imagereward": ("simple-animals", ["pickscore", "hpsv2", "aesthetic"]),  # ours, after aesthetic
 }
-OURS = {"rollout.eval_prompts", "run.preview_images", "run.micro_batch", "run.memory_limit", "run.compile", "run.max_bad_steps"}  # nothing published, nothing that trains
+OURS = {
+    "rollout.eval_prompts",
+    "run.preview_images",
+    "run.micro_batch",
+    "run.memory_limit",
+    "run.compile",
+    "run.max_bad_steps",
+}  # nothing published, nothing that trains
 
 
 def flat(preset):

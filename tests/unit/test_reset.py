@@ -79,9 +79,7 @@ def test_overlap_is_in_units_of_the_smaller_set(critic):
     assert reset.census(critic, EMBEDS, 0.0, [torch.zeros_like(mask) for mask in before]).overlap is None
 
 
-@pytest.mark.parametrize(
-    "target, chosen", [("active", [True, False]), ("dormant", [False, True]), ("all", [True, True]), ("none", [False, False])]
-)
+@pytest.mark.parametrize("target, chosen", [("active", [True, False]), ("dormant", [False, True]), ("all", [True, True]), ("none", [False, False])])
 def test_targets(target, chosen):
     assert reset.TARGETS[target](torch.tensor([False, True])).tolist() == chosen
 

@@ -71,9 +71,7 @@ def test_rewards_are_standardised_under_the_prompt_as_the_encoder_saw_it(everyon
 
 # --- KL shaping -------------------------------------------------------------------------------------------------------
 def test_kl_shaping_is_scaled_by_beta_and_by_the_coefficient(everyone):
-    preset = make_preset(
-        **PLAIN, algorithm__gamma=0, algorithm__kl_penalty="abs", algorithm__kl_penalty_coef=0.5, algorithm__init_kl_coef=0.2
-    )
+    preset = make_preset(**PLAIN, algorithm__gamma=0, algorithm__kl_penalty="abs", algorithm__kl_penalty_coef=0.5, algorithm__init_kl_coef=0.2)
     returns, _, mean_kl = Returns(preset)(with_kl(everyone, [1.0, -2.0, 4.0]), REWARDS)
     assert returns[0].tolist() == pytest.approx([-0.1, -0.2, 1 - 0.4], abs=1e-6)
     assert mean_kl == pytest.approx(3.0, abs=1e-5)  # 1 - 2 + 4, whatever the mode

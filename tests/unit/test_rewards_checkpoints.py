@@ -37,9 +37,7 @@ def write_clip(folder, seed=0, mean=(0.5, 0.5, 0.5)):
     )
     CLIPModel(config).save_pretrained(folder)
     preprocessing = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
-    (folder / "preprocessor_config.json").write_text(
-        json.dumps({**preprocessing, "image_mean": mean, "image_std": [0.2] * 3})
-    )
+    (folder / "preprocessor_config.json").write_text(json.dumps({**preprocessing, "image_mean": mean, "image_std": [0.2] * 3}))
 
 
 def write_tokenizer(folder):
@@ -153,7 +151,7 @@ def folder_of(request):
 def test_batch_scores_like_its_images_one_by_one(name, variant, folder_of):
     reward = rewards.load(name, Backbones(), checkpoint=folder_of(name), variant=variant)
     together = reward.score(IMAGES, PROMPTS)
-    alone = torch.cat([reward.score(image[None], [prompt]) for image, prompt in zip(IMAGES, PROMPTS)])
+    alone = torch.cat([reward.score(image[None], [prompt]) for image, prompt in zip(IMAGES, PROMPTS, strict=False)])
     assert together.shape == (3,) and together.dtype == torch.float32
     assert torch.allclose(together, alone, atol=1e-5 * max(1, alone.abs().max().item()))
     assert together.std() > 0

@@ -90,9 +90,7 @@ def test_function_of_a_module_in_the_working_directory_scores(my_file, monkeypat
     assert load("my_rewards:length").score(torch.stack([FLAT, FLAT]), ["four", "sixsix"]).tolist() == [4.0, 6.0]
 
 
-@pytest.mark.parametrize(
-    "function,needed", [("brightness", False), ("length", True), ("nested", True), ("told", False)]
-)
+@pytest.mark.parametrize("function,needed", [("brightness", False), ("length", True), ("nested", True), ("told", False)])
 def test_function_needs_prompts_if_it_reads_them_or_says_so(my_file, function, needed):
     assert rewards.needs_prompt(f"{my_file}:{function}") is needed
     assert load(f"{my_file}:{function}").needs_prompt is needed
@@ -102,9 +100,7 @@ def test_nan_of_a_function_reaches_the_caller(my_file):
     assert math.isnan(load(f"{my_file}:undefined").score(FLAT[None], [""]).item())
 
 
-@pytest.mark.parametrize(
-    "function,seen", [("pixels", r"\[2, 3, 64, 64\], expected \[2\]"), ("words", "a str, expected")]
-)
+@pytest.mark.parametrize("function,seen", [("pixels", r"\[2, 3, 64, 64\], expected \[2\]"), ("words", "a str, expected")])
 def test_function_that_gives_no_number_per_image_is_named(my_file, function, seen):
     with pytest.raises(RewardError, match=seen):
         load(f"{my_file}:{function}").score(torch.stack([FLAT, FLAT]), ["", ""])
@@ -138,9 +134,7 @@ def test_unknown_reward_comes_with_a_suggestion(typed, meant):
 
 
 def test_unknown_variant_is_refused():
-    with pytest.raises(
-        RewardError, match="unknown variant 'api' of reward jpeg-compressibility: expected tdpo or package"
-    ):
+    with pytest.raises(RewardError, match="unknown variant 'api' of reward jpeg-compressibility: expected tdpo or package"):
         load("jpeg-compressibility", variant="api")
 
 

@@ -31,11 +31,7 @@ def pillow(levels: np.ndarray, size: int, offset) -> np.ndarray:
     height, width = levels.shape[:2]
     longest = int(size * max(height, width) / min(height, width))
     new_height, new_width = (longest, size) if height >= width else (size, longest)
-    image = (
-        Image.fromarray(levels)
-        .resize((new_width, height), Image.BICUBIC)
-        .resize((new_width, new_height), Image.BICUBIC)
-    )
+    image = Image.fromarray(levels).resize((new_width, height), Image.BICUBIC).resize((new_width, new_height), Image.BICUBIC)
     left, top = offset(new_width - size), offset(new_height - size)
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
@@ -76,7 +72,7 @@ def test_planes_resized_together_equal_planes_resized_one_by_one(monkeypatch):
     from tdpo_cli.rewards import preprocess
 
     images = torch.cat([to_tensor(random_levels(90, 61, seed)) for seed in range(3)])
-    band = lambda n_in, n_out, start: _band(n_in, n_out, start, 32, torch.device("cpu"))  # noqa: E731
+    band = lambda n_in, n_out, start: _band(n_in, n_out, start, 32, torch.device("cpu"))
     vertical, horizontal = band(90, 47, 7), band(61, 32, 0)
     planes = quantise(images).flatten(0, 1)
     rows = planes[:, vertical.first : vertical.last]
@@ -114,7 +110,7 @@ def test_extreme_ratio_does_not_build_the_long_side():
 
 def test_normalise_is_per_channel():
     levels = torch.full((1, 3, 2, 2), 255.0)
-    expected = [(1 - m) / s for m, s in zip(OPENAI_MEAN, OPENAI_STD)]
+    expected = [(1 - m) / s for m, s in zip(OPENAI_MEAN, OPENAI_STD, strict=False)]
     assert normalise(levels, OPENAI_MEAN, OPENAI_STD)[0, :, 0, 0].tolist() == pytest.approx(expected, abs=1e-6)
 
 
@@ -157,9 +153,7 @@ def test_batch_is_resized_faster_than_image_by_image_through_pillow():
         "CLIPImageProcessorPil": lambda: processor(images=arrays(), return_tensors="pt")["pixel_values"],
     }
     outputs = {name: path() for name, path in paths.items()}
-    rounds = [
-        {name: _seconds(path) for name, path in paths.items()} for _ in range(15)
-    ]  # in turn: others use the CPU too
+    rounds = [{name: _seconds(path) for name, path in paths.items()} for _ in range(15)]  # in turn: others use the CPU too
     seconds = {name: min(one[name] for one in rounds) / len(images) for name in paths}
     for name, each in seconds.items():
         print(f"{name:24s} {each * 1e3:6.2f} ms an image, {each / seconds['ours']:.2f} x ours")

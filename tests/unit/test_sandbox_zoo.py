@@ -82,9 +82,7 @@ def test_checkpoints_hold_the_published_key_names():
     def keys(path):
         return torch.load(ZOO / path, weights_only=True)
 
-    assert set(keys("aesthetic/sac+logos+ava1-l14-linearMSE.pth")) == {
-        f"layers.{i}.{kind}" for i in (0, 2, 4, 6, 7) for kind in ("weight", "bias")
-    }
+    assert set(keys("aesthetic/sac+logos+ava1-l14-linearMSE.pth")) == {f"layers.{i}.{kind}" for i in (0, 2, 4, 6, 7) for kind in ("weight", "bias")}
     assert "visual.transformer.resblocks.0.attn.in_proj_weight" in keys("hpsv2/HPS_v2_compressed.pt")["state_dict"]
     names = keys("imagereward/ImageReward.pt")
     for name in (

@@ -17,6 +17,7 @@ from tdpo_cli.console import Console
 from tdpo_cli.preset import Preset, override
 from tdpo_cli.run_dir import RunDir
 
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tracked")

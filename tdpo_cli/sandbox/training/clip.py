@@ -102,8 +102,8 @@ def captioned(generator: torch.Generator, n: int) -> tuple[Tensor, list[str]]:
     """n worn pictures [n, 3, 32, 32] with captions, most of them long."""
     scenes = wide_scenes(generator, n, share=0.1)
     short = (torch.rand(n, generator=generator) < SHORT_SHARE).tolist()
-    both = zip(short_captions(scenes), caption(scenes))
-    texts = [brief if is_short else full for (brief, full), is_short in zip(both, short)]
+    both = zip(short_captions(scenes), caption(scenes), strict=False)
+    texts = [brief if is_short else full for (brief, full), is_short in zip(both, short, strict=False)]
     return worn(render(scenes), generator), texts
 
 

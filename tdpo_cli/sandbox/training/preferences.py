@@ -43,8 +43,8 @@ def make_pairs(zoo: Path | None, seed: int, n: int, agreement: float, wrong: flo
     generator = torch.Generator().manual_seed(seed)
     prompts, others = draw_prompts(generator, n), draw_prompts(generator, n)
     lot = torch.rand(n, generator=generator).tolist()  # the lowest make the first picture stray, the next the second
-    shown = [other if u < wrong / 2 else prompt for prompt, other, u in zip(prompts, others, lot)]
-    shown += [other if wrong / 2 <= u < wrong else prompt for prompt, other, u in zip(prompts, others, lot)]
+    shown = [other if u < wrong / 2 else prompt for prompt, other, u in zip(prompts, others, lot, strict=False)]
+    shown += [other if wrong / 2 <= u < wrong else prompt for prompt, other, u in zip(prompts, others, lot, strict=False)]
     images = worn(render(sample_scenes(generator, 2 * n, shown)), generator)
     if zoo is not None:
         sampled = (torch.rand(2 * n, generator=generator) < 0.5).nonzero().squeeze(1)

@@ -48,7 +48,7 @@ def learn_merges(words: list[str]) -> list[tuple[str, str]]:
     """Byte-pair encoding carried on until every word is one symbol; ties go to the alphabet."""
     spelled = [[*word[:-1], word[-1] + "</w>"] for word in sorted(set(words))]
     merges = []
-    while pairs := Counter(pair for symbols in spelled for pair in zip(symbols, symbols[1:])):
+    while pairs := Counter(pair for symbols in spelled for pair in zip(symbols, symbols[1:], strict=False)):
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
         spelled = [_merge(symbols, best) for symbols in spelled]

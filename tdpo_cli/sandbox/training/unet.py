@@ -98,9 +98,7 @@ def encode_prompts(folder: Path) -> Tensor:
 
 
 @torch.no_grad()
-def cache_latents(
-    vae: AutoencoderKL, prompt_index: dict[str, int], generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
+def cache_latents(vae: AutoencoderKL, prompt_index: dict[str, int], generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Scaled posterior means and deviations [n, 4, 8, 8] of fresh scenes, and their prompts' indices [n]."""
     means, stds, words = [], [], []
     for _ in range(SCENES // 256):
@@ -113,9 +111,7 @@ def cache_latents(
     return torch.cat(means) * scale, torch.cat(stds) * scale, torch.tensor(words)
 
 
-def assemble(
-    folder: Path, unet: UNet2DConditionModel, average: Average, vae: AutoencoderKL, scheduler: DDIMScheduler
-) -> None:
+def assemble(folder: Path, unet: UNet2DConditionModel, average: Average, vae: AutoencoderKL, scheduler: DDIMScheduler) -> None:
     """Write unet/, scheduler/ and model_index.json beside the parts that are there."""
     averaged = UNet2DConditionModel.from_config(unet.config)
     averaged.load_state_dict(average.weights)

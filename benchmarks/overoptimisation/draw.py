@@ -8,8 +8,10 @@ writes docs/overoptimisation/*.png and docs/overoptimisation/tables.md.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import analysis
 import arms
@@ -167,6 +169,23 @@ def difference_table(runs: Sequence[Run], pairs: Sequence[tuple[str, str]], colu
     return table(["at equal", *(f"{a} minus {b}" for a, b in pairs)], rows)
 
 
+def variant_table(runs: Sequence[Run], pairs: Sequence[tuple[str, str]]) -> str:
+    """Every variant against its method, and every way to reset against none, where it matters most."""
+    places = [
+        ("queries", 960, PROXY),
+        ("queries", LEVELS["queries"][-1], PROXY),
+        ("queries", LEVELS["queries"][-1], GOLD),
+        ("KL", 2.0, GOLD),
+        ("proxy", 6.25, GOLD),
+    ]
+    rows = []
+    for arm, other in pairs:
+        found = [analysis.difference(runs, arm, other, axis, level, column) for axis, level, column in places]
+        rows.append([f"{arm} minus {other}", *(None if i is None else f"{i} (n={i.count})" for i in found)])
+    names = {PROXY: "proxy", GOLD: "gold"}
+    return table(["", *(f"{names[column]} at {axis} {level:g}" for axis, level, column in places)], rows)
+
+
 def verdict_table(runs: Sequence[Run]) -> str:
     rows = []
     for run in runs:
@@ -194,6 +213,25 @@ def agreement(runs: Sequence[Run]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def held_out_tables(found: dict[str, Any]) -> str:
+    """The sentence of a cross-evaluation against gold on the same held-out images: counted, then run by run."""
+    cell = lambda one: f"{one['mean']:+.2f} [{one['low']:+.2f}, {one['high']:+.2f}]"
+    kinds = ["over-optimising", "declining", "doubtful", "stalled", "improving", "unclear"]
+    fate = lambda one: "rose" if one["low"] > 0 else "fell" if one["high"] < 0 else "not resolved"
+    by_fate: dict[str, list[str]] = {"fell": [], "not resolved": [], "rose": []}
+    rows = []
+    for run in found["runs"]:
+        kind, gold, agreement = run["verdict"].rpartition(": ")[2], run["gold"][-1], run["agreement"]
+        by_fate[fate(gold)].append(kind)
+        alike = f"{agreement['base']['mean']:.2f} -> {agreement['model']['mean']:.2f}"
+        changes = [cell(run["since_base"][name]) for name in ("trained", "others")]
+        rows.append([run["arm"], run["seed"], *changes, alike, kind, cell(gold), cell(run["gold_drop"]["drop"])])
+    counted = [[name, len(group), *(group.count(kind) for kind in kinds)] for name, group in by_fate.items()]
+    head = ["arm", "seed", "proxy", "others", "agreement", "verdict", "gold", "gold, best to last"]
+    images = f"{found['prompts']} prompts x {found['per_prompt']} images, epochs {', '.join(map(str, found['epochs']))}"
+    return f"{images}; in sd of the base model, against it.\n\n{table(['gold against the base', 'runs', *kinds], counted)}\n{table(head, rows)}"
+
+
 def tables() -> dict[str, str]:
     """Title -> Markdown."""
     pilot, main, variants = (analysis.load(runner.RESULTS / name) for name in ("pilot", "main", "variants"))
@@ -206,9 +244,15 @@ def tables() -> dict[str, str]:
         "The verdict against gold, counted": agreement(main),
         "The verdict against gold, run by run": verdict_table(main),
     }
+    if (runner.RESULTS / "held_out.json").exists():
+        found["Held-out prompts: the cross-evaluation's verdict against gold"] = held_out_tables(
+            json.loads((runner.RESULTS / "held_out.json").read_text())
+        )
     if variants:
         there = [(name, method) for name, (method, _) in arms.VARIANTS.items() if analysis.of(variants, name)]
         found["Variants: outcome"] = outcome_table(everything, [name for name, _ in there])
+        resets = [(name, "tdpo") for name, method in there if method == "tdpo-r" and name.startswith("reset-")]
+        found["Variants: paired differences"] = variant_table(everything, [*there, *resets])
         found["Variants: gold, paired differences to their method"] = difference_table(everything, there)
     return found
 

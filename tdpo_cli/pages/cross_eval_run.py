@@ -107,7 +107,7 @@ def _agreement(models: Sequence[Entry], x: Sequence[float], x_label: str) -> str
     series = estimates.series("checkpoint", [cell and cell["model"] for cell in cells], "p1", "")
     return line_chart(Chart(
         "Agreement", x, [series],
-        "How alike the trained and the other learned rewards rank the images of one prompt. It falls where one of them is gamed.",
+        "How alike the trained and the other learned rewards rank the images of one prompt. Where one of them is exploited they part.",
         x_label=x_label, dots=True, baseline=before, limit=(before, f"base {short(before)}"),
     ))  # fmt: skip
 

@@ -25,7 +25,7 @@ def check(names: Sequence[str]) -> None:
     """RequestError for a tracker whose package is not installed."""
     for name in names:
         if not _installed(name):
-            raise RequestError(f"tracker {name} needs a package that is not installed: pip install 'tdpo[{name}]', or leave the tracker out.")
+            raise RequestError(f"tracker {name} needs a package that is not installed: pip install {name}, or leave the tracker out.")
 
 
 @contextlib.contextmanager

@@ -77,7 +77,7 @@ def _adamw_8bit() -> type[torch.optim.Optimizer]:
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
-        raise RequestError("update.optimizer adamw-8bit needs bitsandbytes: pip install 'tdpo[8bit]'") from None
+        raise RequestError("update.optimizer adamw-8bit needs bitsandbytes: pip install bitsandbytes") from None
     return AdamW8bit
 
 

@@ -149,7 +149,6 @@ def main() -> int:
     parser.add_argument("--dry", action="store_true", help="construct without numbers and print sizes and predictions")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if options.device == "cuda" and not torch.cuda.is_available() and not options.dry:
         parser.error("--device cuda: there is no CUDA device here")
@@ -160,6 +159,7 @@ def main() -> int:
         print(json.dumps(dry(build(SIZES[options.size], torch.device("meta"), options.dtype)), indent=None if options.json else 2))
         return 0
     bench = build(SIZES[options.size], torch.device(options.device), options.dtype)
+    torch.set_num_threads(options.threads)
     report = measure(bench, options.rounds, options.ladder, options.compile)
     if options.json:
         print(json.dumps(report))

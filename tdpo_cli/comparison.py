@@ -118,7 +118,7 @@ def mean_of_others(standardised: Mapping[str, np.ndarray], trained: str | None) 
 def agreement_sums(scores: Mapping[str, np.ndarray], trained: str | None) -> np.ndarray | None:
     """One model's scores -> [P,3], what `correlation` adds up; None where there is nobody to agree with, or one image a prompt.
 
-    As tdpo_cli.scoring.agreement: the trained reward and the mean of the judges, each divided by its own standard deviation;
+    As tdpo_cli.scoring.agreement: the trained reward, and the mean of the judges, each of them divided by its own standard deviation;
     an image counts by how far it lies from its prompt's mean, so which prompts are easy does not matter.
     """
     names = judges(list(scores), trained)
@@ -143,7 +143,8 @@ def agreements(base: np.ndarray, model: np.ndarray, draws: np.ndarray) -> dict[s
     drawn = {name: correlation(np.einsum("rp,pk->rk", draws, sums)) for name, sums in (("base", base), ("model", model))}
     found = {name: correlation(sums.sum(axis=0)) for name, sums in (("base", base), ("model", model))}
     drawn["change"], found["change"] = drawn["model"] - drawn["base"], found["model"] - found["base"]
-    return {name: _interval(float(found[name]), values, len(base)) for name, values in drawn.items()}
+    prompts = int(((base[:, 1:] > 0) & (model[:, 1:] > 0)).all(axis=1).sum())  # that have a say
+    return {name: _interval(float(found[name]), values, prompts) for name, values in drawn.items()}
 
 
 def parted(agreement: Mapping[str, Estimate] | None) -> bool:

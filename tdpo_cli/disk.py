@@ -30,13 +30,19 @@ def lock(folder: Path, doing: str) -> IO:
     doing: what a second process is told that the first is doing there. Raises RequestError.
     """
     make(folder)
-    with failures(folder):
+    try:
         file = open(folder / ".lock", "w")
+    except OSError as error:
+        raise RequestError(f"{folder}: cannot be written: {error.strerror}") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
         file.close()
-        raise RequestError(f"{folder}: another tdpo process is {doing} in this folder.") from None
+        taken = isinstance(error, BlockingIOError)
+        reason = (
+            f"another tdpo process is {doing} in this folder" if taken else f"this file system cannot lock ({error.strerror}); choose another place"
+        )
+        raise RequestError(f"{folder}: {reason}.") from None
     return file
 
 
@@ -57,8 +63,12 @@ def whole(path: Path, shared: bool = False) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str, shared: bool = False) -> None:
+    write_bytes(path, text.encode("utf-8"), shared)
+
+
+def write_bytes(path: Path, content: bytes, shared: bool = False) -> None:
     with whole(path, shared) as aside:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_bytes(content)
 
 
 def aside_of(path: Path, mark: str = "") -> Path:
@@ -95,9 +105,11 @@ def failures(where: Path) -> Iterator[None]:
         raise
     except Exception as error:
         # torch and safetensors do not hand on the system's error: a full disk is a RuntimeError about positions
-        if not isinstance(error, (OSError, RuntimeError)) and type(error).__name__ != "SafetensorError":
+        name = type(error).__name__
+        if name == "OutOfMemoryError" or not (isinstance(error, (OSError, RuntimeError)) or name == "SafetensorError"):
             raise
-        reason = getattr(error, "strerror", None) or f"{str(error).strip().splitlines()[0]} (is the disk full? {_free(where)} free)"
+        said = (str(error).strip() or name).splitlines()[0]
+        reason = getattr(error, "strerror", None) or f"{said} (is the disk full? {_free(where)} free)"
         raise WorkError(f"{where}: writing failed: {reason}. What was saved before is intact.") from error
 
 

@@ -41,9 +41,10 @@ def run(checkpoint: str, format_: str, out: Path | None, epoch: int | None, cons
         converted, facts = kohya.convert(state), kohya.metadata(state, out.stem)
     except RequestError as error:
         raise RequestError(f"{lora.find(folder)}: {error}") from None
+    metadata = facts | _training(folder)
     disk.make(out.parent)
     with disk.whole(out) as aside:
-        save_file(converted, aside, metadata=facts | _training(folder))
+        save_file(converted, aside, metadata=metadata)
     rank = kohya.rank_of(state)
     console.say(f"{source.name}: {len(state) // 2} layers of rank {rank}, alpha {rank}, in {out}")
     return {"out": str(out), "format": format_, "source": source.name, "layers": len(state) // 2, "rank": rank, "alpha": float(rank)}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,8 @@ COLUMNS = 3  # panels in a row
 PANEL = (5.0, 3.8)  # inches
 
 
-def cross_eval(result: Mapping[str, Any], file: Path) -> None:
-    """Write the PNG of a cross_eval.json's content."""
+def cross_eval(result: Mapping[str, Any]) -> bytes:
+    """The PNG of a cross_eval.json's content."""
     runs, several = result["runs"], len(result["runs"]) > 1
     count = len(runs) or len(result["rewards"])
     columns = min(count, COLUMNS)
@@ -50,7 +50,9 @@ def cross_eval(result: Mapping[str, Any], file: Path) -> None:
             _spread(ax, result, reward)
     if below is not None:
         _matrix(below.subplots(), result["matrix"])
-    figure.savefig(file, format="png", metadata={"Software": None})
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", metadata={"Software": None})
+    return drawn.getvalue()
 
 
 def _run(ax: Axes, result: Mapping[str, Any], run: Mapping[str, Any]) -> None:

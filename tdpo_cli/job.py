@@ -19,7 +19,7 @@ from tdpo_cli.world import World
 
 @dataclass
 class Job:
-    """Everything a run is made of. Built once; the loop below only reads its fields and moves its weights."""
+    """Everything a run is made of. Built once; the epochs move its weights and count its steps."""
 
     preset: Preset
     world: World
@@ -33,12 +33,8 @@ class Job:
     prompts: list[str]
     plan: memory.Plan
     backbones: Backbones = field(default_factory=Backbones)
-    updates: int = 0  # optimizer steps so far
-    bad_steps: int = 0  # ... of which were skipped
-
-    @property
-    def micro_batch(self) -> int:
-        return self.plan.micro_batch
+    updates: int = 0  # optimizer steps that were not skipped
+    bad_steps: int = 0  # that were skipped
 
     def state_dict(self) -> dict[str, Any]:
         return {

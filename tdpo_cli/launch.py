@@ -138,7 +138,8 @@ class _Team:
             **os.environ, "RANK": str(rank), "LOCAL_RANK": str(local_rank), "WORLD_SIZE": str(plan.world_size),
             "LOCAL_WORLD_SIZE": str(plan.workers), "MASTER_ADDR": host, "MASTER_PORT": port, ERROR_FILE: str(self._error_file(rank)),
         }  # fmt: skip
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // plan.workers)))
+        if "OMP_NUM_THREADS" not in environment:
+            environment |= {"OMP_NUM_THREADS": str(max(1, _cores() // plan.workers)), "TDPO_THREADS_SHARED": "1"}  # ours, not the user's
         if plan.machines == 1 and sys.platform == "linux":
             environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo looks for the interface of a host name that may not resolve
         spoken = open(self.folder / f"{rank}.txt", "wb")  # of all but the main worker: shown if it is the first to fail

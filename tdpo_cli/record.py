@@ -117,7 +117,7 @@ def environment(job: Job, first_epoch: int) -> dict[str, Any]:
         "device_name": name,
         "threads": torch.get_num_threads(),
         "world_size": job.world.size,
-        "micro_batch": job.micro_batch,
+        "micro_batch": job.plan.micro_batch,
         "plan": job.plan.as_dict(),
         "memory_limit": job.preset.run.memory_limit,
         "predicted_memory_bytes": memory.estimate(job.preset, job.world.size, job.plan, device.type == "cuda"),

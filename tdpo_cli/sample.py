@@ -37,7 +37,7 @@ def run(
     device: str | None,
     console: Console,
 ) -> dict[str, Any]:
-    """Write `per_prompt` images of every prompt into `out`, each process its share. -> a summary for --json. Raises RequestError."""
+    """Write `per_prompt` images of every prompt into `out`, each process its share. -> a summary for --json. Raises RequestError, WorkError."""
     source = checkpoints.find(checkpoint, preset, overrides, epoch)
     settings = source.preset.rollout
     out = out or next_free(Path("samples"), source.name)
@@ -57,19 +57,18 @@ def run(
     batch_size = batch_size or memory.sample_batch(source.preset, free)
     decode_chunk = memory.DECODED if team.device.type == "cuda" else None
     mine = team.mine(len(texts))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with console.progress("sampling", len(mine) * settings.steps) as advance:
-            own = [texts[i] for i in mine]
-            batches = generate(policy, own, mine, Randomness(seed, "sample"), settings.guidance_scale, batch_size, advance, decode_chunk)
-            for number, image in zip(mine, (image for batch in batches for image in batch), strict=True):
+    disk.make(out)
+    with console.progress("sampling", len(mine) * settings.steps) as advance:
+        own = [texts[i] for i in mine]
+        batches = generate(policy, own, mine, Randomness(seed, "sample"), settings.guidance_scale, batch_size, advance, decode_chunk)
+        for number, image in zip(mine, (image for batch in batches for image in batch), strict=True):
+            with disk.failures(out):
                 grid.to_pil(image).save(out / names[number])
-        team.close()
-        if team.is_main:
+    team.close()
+    if team.is_main:
+        with disk.failures(out):
             _write_list(out, names, texts, seed, per_prompt)
             _write_grid(out, names, texts, per_prompt, title=f"{source.name}, seed {seed}")
-    except OSError as error:
-        raise RequestError(f"{out}: cannot be written: {error.strerror or error}") from None
     console.say(f"{len(texts)} images of {len(wanted)} prompts in {out} (grid.png shows {min(len(texts), GRID_IMAGES)})")
     return {"out": str(out), "images": len(texts), "grid": str(out / "grid.png"), "source": source.name}
 

@@ -175,10 +175,7 @@ def _score(scorers: Team, file: ScoreFile, items: Sequence[Item], console: Conso
     problems: list[tuple[str, str]] = []
     with console.progress("scoring", len(items)) as advance:
         for rows, new in scorers.score(items, advance):
-            try:
-                file.append(rows)
-            except OSError as error:
-                raise RequestError(f"{file.path}: cannot be written: {error.strerror or error}. The rows before are kept.") from None
+            file.append(rows)
             for image, problem in new[: max(0, SHOWN_PROBLEMS - len(problems))]:
                 console.warn(f"{image}: {problem}")
             problems += new

@@ -71,12 +71,13 @@ def _run(
     first_epoch = loaded[0] + 1 if loaded else 0
     if world.is_main and resume:
         folder.take_back_metrics(first_epoch, warn)
+    nothing_left = None
     if world.from_main(bool(loaded) and world.is_main and verdict.should_stop(folder.read_metrics(), preset)):
-        console.say(f"{out}: stopped after epoch {first_epoch - 1} for over-optimising. To go on: --set run.stop_on_overoptimisation=none")
-        track()
-        return record.summary(preset, folder, time.perf_counter() - started) if world.is_main else {}
-    if first_epoch >= preset.run.epochs:
-        console.say(f"{out}: all {preset.run.epochs} epochs are done.")
+        nothing_left = f"stopped after epoch {first_epoch - 1} for over-optimising. To go on: --set run.stop_on_overoptimisation=none"
+    elif first_epoch >= preset.run.epochs:
+        nothing_left = f"all {preset.run.epochs} epochs are done."
+    if nothing_left:
+        console.say(f"{out}: {nothing_left}")
         track()
         return record.summary(preset, folder, time.perf_counter() - started) if world.is_main else {}
 
@@ -158,7 +159,7 @@ def _inner_epochs(job: Job, everyone: Trajectory, credit: Credit, watch: _Watch)
         trained = plan.first_columns(job.preset.trained_steps)
         steps += update(
             job.policy, job.critic, job.optimizers, everyone, credit, trained, job.preset,
-            job.randomness, inner, job.micro_batch, job.world, watch,
+            job.randomness, inner, job.plan.micro_batch, job.world, watch,
         )  # fmt: skip
         critic_optimizer = job.optimizers.critic
         before = neurons.get("reset", 0)

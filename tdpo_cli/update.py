@@ -43,7 +43,7 @@ def approx_kl(log_ratios: Tensor) -> Tensor:
 
 
 def total_loss(policy: Tensor, critic: Tensor | None, critic_coef: float) -> Tensor:
-    """The two networks share no weights: this sum is for the log, each part has its own backward pass."""
+    """What the official log calls the loss. The two networks share no weights: each part has its own backward pass, nothing sums them here."""
     return policy if critic is None else policy + critic_coef * critic
 
 

@@ -10,7 +10,6 @@ SETTINGS = {
     "update": {"batch_size": 2, "learning_rate": 5e-3},
     "run": {"epochs": 3, "preview_images": 0},
 }
-UPDATES = 2 * 2  # steps x batches, per epoch
 TIMING = ("seconds/", "images_per_second", "peak_memory_bytes")
 
 
@@ -22,7 +21,7 @@ def preset(folder, **changes):
         settings[section][key] = value
     lines = []
     for section, keys in settings.items():
-        lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in keys.items())]  # JSON's values are TOML's too
+        lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in keys.items())]  # all of JSON but null is TOML too
     file = folder / "tiny.toml"
     file.write_text("\n".join(lines) + "\n")
     return file

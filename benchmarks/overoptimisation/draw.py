@@ -33,6 +33,7 @@ LEVELS = {
     "KL": (0.25, 0.5, 1.0, 2.0, 4.0),
     "proxy": (5.25, 5.5, 5.75, 6.0, 6.25, 6.5),
 }
+KINDS = ("over-optimising", "declining", "doubtful", "stalled", "improving", "unclear")  # of verdicts
 PAIRS = (("tdpo-r", "tdpo"), ("tdpo", "ddpo"), ("tdpo-r", "ddpo"), ("ddpo-all-timesteps", "ddpo"))
 
 
@@ -118,6 +119,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join("-" if cell is None else str(cell) for cell in line) + " |" for line in lines) + "\n"
 
 
+def counted(interval: analysis.Interval | None) -> str | None:
+    return None if interval is None else f"{interval} (n={interval.count})"
+
+
 def plain(values: Sequence[float]) -> str:
     """A mean over seeds with its interval, without a sign."""
     found = analysis.interval(values)
@@ -149,7 +154,7 @@ def outcome_table(runs: Sequence[Run], names: Sequence[str]) -> str:
             plain([last for _, last in peaks]), plain([p - last for p, last in peaks]), plain([run.smooth("mean_kl")[-1] for run in mine]),
             explained(mine, slice(0, 20)), explained(mine, slice(-20, None)),
         ])  # fmt: skip
-    head = ["arm", "seeds", "optimizer steps", "proxy, end", "gold, peak", "gold, end", "gold, peak to end", "KL, end"]
+    head = ["arm", "seeds", "optimizer steps", "proxy, end", "gold, peak", "gold, end", "gold's fall, peak to end", "KL, end"]
     return table([*head, "critic explains, first 20 epochs", "last 20"], rows)
 
 
@@ -165,14 +170,14 @@ def difference_table(runs: Sequence[Run], pairs: Sequence[tuple[str, str]], colu
         for level in levels if AXES[axis] != column else ():
             found = [analysis.difference(runs, a, b, axis, level, column) for a, b in pairs]
             if any(found):
-                rows.append([f"{axis} {level:g}", *(None if i is None else f"{i} (n={i.count})" for i in found)])
+                rows.append([f"{axis} {level:g}", *map(counted, found)])
     return table(["at equal", *(f"{a} minus {b}" for a, b in pairs)], rows)
 
 
 def variant_table(runs: Sequence[Run], pairs: Sequence[tuple[str, str]]) -> str:
     """Every variant against its method, and every way to reset against none, where it matters most."""
     places = [
-        ("queries", 960, PROXY),
+        ("queries", LEVELS["queries"][0], PROXY),
         ("queries", LEVELS["queries"][-1], PROXY),
         ("queries", LEVELS["queries"][-1], GOLD),
         ("KL", 2.0, GOLD),
@@ -181,7 +186,7 @@ def variant_table(runs: Sequence[Run], pairs: Sequence[tuple[str, str]]) -> str:
     rows = []
     for arm, other in pairs:
         found = [analysis.difference(runs, arm, other, axis, level, column) for axis, level, column in places]
-        rows.append([f"{arm} minus {other}", *(None if i is None else f"{i} (n={i.count})" for i in found)])
+        rows.append([f"{arm} minus {other}", *map(counted, found)])
     names = {PROXY: "proxy", GOLD: "gold"}
     return table(["", *(f"{names[column]} at {axis} {level:g}" for axis, level, column in places)], rows)
 
@@ -194,14 +199,13 @@ def verdict_table(runs: Sequence[Run]) -> str:
     return table(["arm", "seed", "gold's peak", "its fall is significant after", "verdict at the end", "since", "first warning after"], rows)
 
 
-def agreement(runs: Sequence[Run]) -> str:
+def verdict_counts(runs: Sequence[Run]) -> str:
     """The verdict at every run's end against what gold has done, counted; and how far apart in time."""
     found = [analysis.judge(run) for run in runs]
-    kinds = ["over-optimising", "declining", "doubtful", "stalled", "improving", "unclear"]
     rows = []
     for title, group in (("fell", [j for j in found if j.gold_peak is not None]), ("did not fall", [j for j in found if j.gold_peak is None])):
-        rows.append([title, len(group), *(sum(j.kind == kind for j in group) for kind in kinds)])
-    lines = [table(["gold, by the end of the run", "runs", *kinds], rows)]
+        rows.append([title, len(group), *(sum(j.kind == kind for j in group) for kind in KINDS)])
+    lines = [table(["gold, by the end of the run", "runs", *KINDS], rows)]
     fell = [j for j in found if j.gold_peak is not None]
     off = sorted(j.since - j.gold_peak for j in fell if j.kind in analysis.WARNINGS)
     late = sorted(j.first - j.gold_seen for j in fell if j.first is not None and j.gold_seen is not None)
@@ -216,7 +220,6 @@ def agreement(runs: Sequence[Run]) -> str:
 def held_out_tables(found: dict[str, Any]) -> str:
     """The sentence of a cross-evaluation against gold on the same held-out images: counted, then run by run."""
     cell = lambda one: f"{one['mean']:+.2f} [{one['low']:+.2f}, {one['high']:+.2f}]"
-    kinds = ["over-optimising", "declining", "doubtful", "stalled", "improving", "unclear"]
     fate = lambda one: "rose" if one["low"] > 0 else "fell" if one["high"] < 0 else "not resolved"
     by_fate: dict[str, list[str]] = {"fell": [], "not resolved": [], "rose": []}
     rows = []
@@ -226,12 +229,12 @@ def held_out_tables(found: dict[str, Any]) -> str:
         alike = f"{agreement['base']['mean']:.2f} -> {agreement['model']['mean']:.2f}"
         changes = [cell(run["since_base"][name]) for name in ("trained", "others")]
         rows.append([run["arm"], run["seed"], *changes, alike, kind, cell(gold), cell(run["gold_drop"]["drop"])])
-    counted = [[name, len(group), *(group.count(kind) for kind in kinds)] for name, group in by_fate.items()]
+    counted = [[name, len(group), *(group.count(kind) for kind in KINDS)] for name, group in by_fate.items()]
     gold = {(run["arm"], run["seed"]): run["gold"][-1]["mean"] for run in found["runs"]}
     pairs = [[f"{a} minus {b}", analysis.interval([gold[a, seed] - gold[b, seed] for seed in arms.SEEDS])] for a, b in PAIRS]
-    head = ["arm", "seed", "proxy", "others", "agreement", "verdict", "gold", "gold, best to last"]
+    head = ["arm", "seed", "proxy", "others", "agreement", "verdict", "gold", "gold's fall, best to last"]
     images = f"{found['prompts']} prompts x {found['per_prompt']} images, epochs {', '.join(map(str, found['epochs']))}"
-    parts = table(["gold against the base", "runs", *kinds], counted), table(["gold, last", "over seeds"], pairs), table(head, rows)
+    parts = table(["gold against the base", "runs", *KINDS], counted), table(["gold, last", "over seeds"], pairs), table(head, rows)
     return f"{images}; in sd of the base model, against it.\n\n" + "\n".join(parts)
 
 
@@ -244,7 +247,7 @@ def tables() -> dict[str, str]:
         "Outcome": outcome_table(main, list(arms.METHODS)),
         "Gold, paired differences": difference_table(main, PAIRS),
         "Proxy, paired differences": difference_table(main, PAIRS, PROXY),
-        "The verdict against gold, counted": agreement(main),
+        "The verdict against gold, counted": verdict_counts(main),
         "The verdict against gold, run by run": verdict_table(main),
     }
     if (runner.RESULTS / "held_out.json").exists():

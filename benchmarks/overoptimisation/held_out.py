@@ -18,6 +18,8 @@ from typing import Any
 import arms
 from run import RESULTS, commit
 
+from tdpo_cli import disk
+
 EPOCHS = (19, 39, 59)
 PER_PROMPT = 4
 
@@ -45,7 +47,6 @@ def summary(content: dict[str, Any]) -> dict[str, Any]:
             "seed": int(seed),
             "verdict": run["verdict"],
             "since_base": run["since_base"],
-            "since_best": run["since_best"],
             "agreement": entries[-1]["agreement"],
             "gold": [entry["rewards"]["gold"]["standardised"] for entry in entries],
             "gold_drop": run["peak_to_final"]["gold"],
@@ -62,7 +63,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     given = parser.parse_args()
     found = summary(evaluate(given.work, given.processes))
-    (RESULTS / "held_out.json").write_text(json.dumps(found, indent=1) + "\n")
+    disk.write_text(RESULTS / "held_out.json", json.dumps(found, indent=1) + "\n")
     print(f"{RESULTS / 'held_out.json'}: {len(found['runs'])} runs")
 
 

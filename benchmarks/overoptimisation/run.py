@@ -21,6 +21,8 @@ from typing import Any
 
 import arms
 
+from tdpo_cli import disk
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 COLUMNS = (
@@ -87,8 +89,7 @@ def run(task: Task, work: Path) -> None:
             command += ["--set", f"{key}={json.dumps(value)}"]
     print(f"start {task.folder}/{task.name}", flush=True)
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
-    task.result.parent.mkdir(parents=True, exist_ok=True)
-    task.result.write_text(json.dumps(result(task, out, changes)) + "\n")
+    disk.write_text(task.result, json.dumps(result(task, out, changes)) + "\n")
     print(f"done  {task.folder}/{task.name}", flush=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -142,8 +143,8 @@ def _begin(request: dict[str, Any], judges: work.Judges, folder: Folder, names: 
     before = folder.read_request()
     if before is None:
         folder.begin(request)
-    elif before.get("reward_files") != request["reward_files"]:
-        raise RequestError(f"{folder.path}: the files of the rewards have changed since it was begun; choose another --out.")
+    elif before != json.loads(json.dumps(request)):  # the files of the rewards, or all, if another process began here meanwhile
+        raise RequestError(f"{folder.path}: the files of the rewards have changed since it was begun, or it was begun anew; choose another --out.")
     at_once = _prompts_at_once(request)
     missing = folder.missing(names, len(request["prompts"]), at_once)
     images = len(request["prompts"]) * request["per_prompt"]
@@ -173,8 +174,7 @@ def _draw(content: dict[str, Any], folder: Folder, console: Console) -> dict[str
     texts = {"csv": tables.as_csv(content), "md": tables.as_markdown(content), "html": page.render(content, folder.path)}
     for suffix, text in texts.items():
         disk.write_text(folder.path / f"cross_eval.{suffix}", text)
-    with disk.whole(folder.path / "cross_eval.png") as aside:
-        figures.cross_eval(content, aside)
+    disk.write_bytes(folder.path / "cross_eval.png", figures.cross_eval(content))
     tables.show(content, console)
     lost = sum(score is None for model in content["models"] for rows in model["scores"].values() for row in rows for score in row)
     if lost:

@@ -24,6 +24,7 @@ def build(request: Mapping[str, Any], models: Sequence[Model], parts: Mapping[st
     entries = [
         _entry(model, raw[model.name], scores, standardised.get(model.name, {}), distances, draws) for model in models
     ]  # fmt: skip
+    agreement = {entry["name"]: entry["agreement"] for entry in entries}
     groups: dict[str, list[Model]] = {}
     for model in models:
         if model.group is not None:
@@ -38,7 +39,7 @@ def build(request: Mapping[str, Any], models: Sequence[Model], parts: Mapping[st
         "rewards": rewards,
         "bootstrap": {"resamples": comparison.RESAMPLES, "level": comparison.LEVEL, "unit": "prompt"},
         "models": entries,
-        "runs": [_run(name, group, standardised, _agreement(group[-1], scores, draws), draws) for name, group in groups.items()],
+        "runs": [_run(name, group, standardised, agreement[group[-1].name], draws) for name, group in groups.items()],
         "matrix": {"trained": list(groups), "evaluated": rewards, "standardised": matrix},
     }
 

@@ -85,9 +85,9 @@ def of_prompts(result: Result, run: Mapping[str, Any], cell: Callable) -> tuple[
         rows.append([
             _epoch(model), share(trained["win_rate"]["mean"]) if trained else "-", share(model["prompts_all_rise"]),
             share(model["prompts_trained_rises_others_fall"]), cell(model["diversity_difference"], 3),
-            cell((model["agreement"] or {}).get("change")),
+            cell((model.get("agreement") or {}).get("change")),
         ])  # fmt: skip
-    return ["epoch", "trained wins", "all rise", "others fall", "diversity", "agreement"], rows
+    return ["epoch", "trained wins", "all rise", "at their cost", "diversity", "agreement"], rows
 
 
 def of_peaks(result: Result, run: Mapping[str, Any], cell: Callable) -> tuple[list[str], list[list[str]]]:

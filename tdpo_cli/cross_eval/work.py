@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,9 @@ class Judges:
         for name, reward in self.rewards.items():
             try:
                 column = scoring.score_images({name: reward}, images, prompts, batch_size)[name].tolist()
-            except (RequestError, torch.OutOfMemoryError):
-                raise
             except Exception as error:
+                if isinstance(error, RequestError) or memory.exhausted(error):
+                    raise
                 raise WorkError(f"reward {name} failed on {prompts[0]!r}: {type(error).__name__}: {error}") from error
             shortest = [float(str(np.float32(score))) if math.isfinite(score) else None for score in column]
             scores[name] = [shortest[start : start + per_prompt] for start in range(0, len(shortest), per_prompt)]
@@ -114,11 +114,12 @@ def _load(model: Model, device: torch.device) -> models.Policy:
 
 
 @contextlib.contextmanager
-def _out_of_memory(batch_size: int):
+def _out_of_memory(batch_size: int) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, WorkError) or not memory.exhausted(error):
             raise
         hint = f"Begin anew with --batch-size {max(1, batch_size // 2)} and another --out" if batch_size > 1 else "Evaluate fewer --rewards at a time"
-        raise WorkError(f"out of memory: {str(error).strip().splitlines()[0] if str(error).strip() else 'nothing left'} {hint}.") from error
+        said = (str(error).strip() or "nothing left").splitlines()[0].rstrip(".")
+        raise WorkError(f"out of memory: {said}. {hint}.") from error

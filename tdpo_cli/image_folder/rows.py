@@ -40,20 +40,18 @@ class ScoreFile:
     def begin(self, meta: Mapping[str, Any], names: Sequence[str], multiple_of: int) -> int:
         """Make ready to append: a new file, or the whole rows of one made with the same settings. -> rows already there
 
-        What is kept is a multiple of `multiple_of` rows unless all are there. Raises RequestError.
+        What is kept is a multiple of `multiple_of` rows unless all are there. Raises RequestError, WorkError.
         """
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+        with disk.failures(self.path):
             if self.path.exists() and self.path.stat().st_size:
                 return self._continue(meta, names, multiple_of)
             disk.write_text(self.meta_path, json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
             self.path.write_text(self._header(), encoding="utf-8")
             return 0
-        except OSError as error:
-            raise RequestError(f"{self.path}: cannot be written: {error.strerror or error}") from None
 
     def append(self, rows: Sequence[Row]) -> None:
-        with open(self.path, "a", encoding="utf-8", newline="") as file:
+        """Raises WorkError."""
+        with disk.failures(self.path), open(self.path, "a", encoding="utf-8", newline="") as file:
             file.write("".join(map(self._line, rows)))
 
     def read(self) -> Iterator[Row]:

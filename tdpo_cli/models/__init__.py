@@ -54,7 +54,7 @@ def resolve(base: str) -> str:
 
 def load(model: Model, *, device: torch.device | str = "cpu", trainable: bool = True, **options: Any) -> Policy:
     """The policy of `model.base`. `trainable=False` leaves out the adapter. Raises RequestError for a folder that is no model."""
-    if model.base == "sandbox" and "OMP_NUM_THREADS" not in os.environ:
+    if model.base == "sandbox" and ("OMP_NUM_THREADS" not in os.environ or "TDPO_THREADS_SHARED" in os.environ):
         torch.set_num_threads(1)  # its networks are so small that a second thread costs more than it brings
     source, model = resolve(model.base), _starting_point(model)
     family = _family(source, model.revision)

@@ -126,7 +126,7 @@ def _numbers(result: Mapping[str, Any], level: str) -> str:
     other = [
         [escape(model["name"]), f"{model['reward_queries'] or 0:,}", f"{model['updates'] or 0:,}", estimates.with_bounds(model["diversity"], short),
          share(finite(model["prompts_all_rise"])), share(finite(model["prompts_trained_rises_others_fall"])),
-         estimates.with_bounds((model["agreement"] or {}).get("change"))]
+         estimates.with_bounds((model.get("agreement") or {}).get("change"))]
         for model in models
     ]  # fmt: skip
     head = ("model", *rewards)

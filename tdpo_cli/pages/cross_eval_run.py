@@ -1,4 +1,4 @@
-"""One run of a cross-evaluation: every reward over its checkpoints, what it costs, win rates, diversity, peaks."""
+"""One run of a cross-evaluation: every reward over its checkpoints, what it costs, win rates, agreement, diversity, peaks."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _diversity(result: Mapping[str, Any], run: Entry, models: Sequence[Entry], x
 
 
 def _agreement(models: Sequence[Entry], x: Sequence[float], x_label: str) -> str:
-    cells = [model["agreement"] for model in models]
+    cells = [model.get("agreement") for model in models]  # an older file has none
     before = next((estimates.mean(cell["base"]) for cell in cells if cell), None)
     if before is None:
         return ""

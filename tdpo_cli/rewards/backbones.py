@@ -79,12 +79,6 @@ class Backbones:
         for network in self._held.values():
             network.move(torch.device("cpu"))
 
-    def unpark(self) -> None:
-        """Move every network back to the device."""
-        self._parked = False
-        for network in self._held.values():
-            network.move(self.device)
-
     @contextlib.contextmanager
     def awake(self, user: object) -> Iterator[None]:
         """While they are parked: the networks of one reward, or one encoder, are on the device for the time of the block."""

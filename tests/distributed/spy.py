@@ -43,7 +43,7 @@ def install(set_: Callable[[Any, str, Any], None] = setattr) -> dict[str, Any]:
         networks = {**state["policy"], **{f"critic.{name}": value for name, value in (state["critic"] or {}).items()}}
         seen["epochs"].append({
             "prompts": list(everyone.prompts), "sample_ids": everyone.sample_ids.tolist(), "x_T": _digest(everyone.latents[:, 0]),
-            "plans": seen["plans"], "weights": _digest(*(networks[name] for name in sorted(networks))), "micro_batch": job.micro_batch,
+            "plans": seen["plans"], "weights": _digest(*(networks[name] for name in sorted(networks))), "micro_batch": job.plan.micro_batch,
             "collectives": sum(seen["collectives"].values()), "row": {key: value for key, value in result.items() if "second" not in key},
         })  # fmt: skip
         seen["plans"] = []

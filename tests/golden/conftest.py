@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 def pytest_generate_tests(metafunc):
     if "trace_folder" in metafunc.fixturenames:
-        from trace import KEPT
+        from recording import KEPT
 
         folders = [Path(folder) for folder in metafunc.config.getoption("--traces")] or [KEPT]
         metafunc.parametrize("trace_folder", folders, ids=lambda folder: folder.name, scope="session")
@@ -19,8 +19,7 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture(scope="session")
 def replayed(trace_folder):
     """One replay of the trace, shared by the tests that look at it."""
-    from trace import Trace
-
+    from recording import Trace
     from replay import Replay
 
     if not (trace_folder / "trace.json").is_file():

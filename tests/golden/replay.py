@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from trace import Trace, TraceRandomness, critic_parameters, flat
 
 import numpy as np
 import torch
+from recording import Trace, TraceRandomness, critic_parameters, flat
 from torch import Tensor
 
 from tdpo_cli import algorithms, kl

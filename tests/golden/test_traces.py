@@ -1,9 +1,8 @@
 """The product's own code reproduces every quantity that was recorded of the official code."""
 
-from trace import KEPT
-
 import pytest
 import torch
+from recording import KEPT
 
 
 def test_every_recorded_quantity_is_reproduced(replayed, capsys):

@@ -214,6 +214,15 @@ def test_without_two_images_or_another_learned_reward_there_is_no_agreement(scor
     assert comparison.agreement_sums(scores, trained) is None
 
 
+def test_one_prompt_that_is_known_gives_an_agreement_without_interval():
+    base, model = scored(prompts=12), scored(prompts=12, alike=0.1)
+    for scores in (base, model):
+        scores["hpsv2"][1:] = np.nan
+    sums = [comparison.agreement_sums(scores, "aesthetic") for scores in (base, model)]
+    found = comparison.agreements(*sums, resample(12, 0))
+    assert found["change"]["mean"] is not None and found["change"]["low"] is None and not comparison.parted(found)
+
+
 def test_rewards_without_spread_have_no_agreement_and_raise_no_doubt():
     flat = comparison.agreement_sums({name: np.ones((12, 2)) for name in ("aesthetic", "pickscore")}, "aesthetic")
     found = comparison.agreements(flat, flat, resample(12, 0))

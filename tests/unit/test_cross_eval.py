@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from tdpo_cli import comparison, figures, prompts
 from tdpo_cli.console import Console
 from tdpo_cli.cross_eval import result, tables
 from tdpo_cli.cross_eval.models import Model, Sampling
+from tdpo_cli.pages import cross_eval as page
 from tdpo_cli.run_dir import damage
 
 PROMPTS = prompts.load("sandbox:held-out")[:5]
@@ -328,11 +330,13 @@ def test_settings_that_differ_get_a_base_of_their_own(run, place):
     shutil.copytree(run, place / "slower")
     preset["rollout"]["steps"] = 3
     (place / "slower/preset.json").write_text(json.dumps(preset))
-    outcome = tdpo("cross-eval", run, "slower", "--rewards", "gold", "--out", place / "two-bases")
+    outcome = tdpo("cross-eval", run, "slower", *QUICK, "--epoch", 1, "--out", place / "two-bases")
     assert outcome.status == 0, outcome.err
     models = {model["name"]: model for model in content(place / "two-bases")["models"]}
     assert list(models)[:2] == ["base", "base-2"] and models["base"]["scores"] != models["base-2"]["scores"]
     assert (models["run/epoch_0001"]["base"], models["slower/epoch_0001"]["base"]) == ("base", "base-2")
+    first, second = (models[name]["agreement"]["base"]["mean"] for name in ("run/epoch_0001", "slower/epoch_0001"))
+    assert first != second  # each is compared with its own
 
 
 # --- wrong requests -------------------------------------------------------------------------------------------------------
@@ -404,6 +408,7 @@ def made_up(gold=0.0, missing=False, runs=("one", "two")):
 
 def _part(aesthetic, pickscore, hpsv2, gold):
     noise = np.random.default_rng(7).normal(size=(5, 12, 2))
+    noise[1] *= 1 + gold  # ranks images otherwise: who reads it shows
     more = np.random.default_rng(int(10 * aesthetic) + 1).normal(size=(5, 12, 2)) * 0.1
     shift = np.array([aesthetic, gold, pickscore, hpsv2, pickscore]).reshape(5, 1, 1)
     names = ["aesthetic", "gold", "pickscore", "hpsv2", "imagereward"]
@@ -428,12 +433,21 @@ def test_gold_is_shown_and_judges_nothing():
         assert [model[key] for model in one["models"]] == [model[key] for model in other["models"]]
 
 
-def test_agreement_is_measured_against_the_runs_base():
+def test_agreement_stands_with_every_checkpoint():
     found = made_up()
     base, last = found["models"][0], found["models"][3]
     assert base["agreement"] is None and set(last["agreement"]) == {"base", "model", "change"}
     assert last["agreement"]["change"]["mean"] == pytest.approx(last["agreement"]["model"]["mean"] - last["agreement"]["base"]["mean"])
     assert last["agreement"]["change"]["mean"] != 0
+
+
+def test_a_result_without_agreement_is_still_drawn(capsys):
+    """As earlier versions wrote them."""
+    found = made_up()
+    for model in found["models"]:
+        del model["agreement"]
+    assert "| 2 | 100% | 100% |" in tables.as_markdown(found)
+    assert "<h2>" in page.render(found, Path("nowhere"))
 
 
 def test_a_missing_score_is_null_and_its_pair_is_left_out():
@@ -471,7 +485,7 @@ def test_the_terminal_shows_some_of_many_checkpoints_and_always_the_last(capsys)
 def test_the_picture_of_several_runs_is_larger_and_needs_no_display(tmp_path, monkeypatch):
     monkeypatch.delenv("DISPLAY", raising=False)
     for name, runs in (("one.png", ("one",)), ("two.png", ("one", "two"))):
-        figures.cross_eval(made_up(runs=runs), tmp_path / name)
+        (tmp_path / name).write_bytes(figures.cross_eval(made_up(runs=runs)))
     one, two = (Image.open(tmp_path / name) for name in ("one.png", "two.png"))
     assert two.width > one.width and two.height > one.height
     assert len(two.convert("RGB").getcolors(1 << 24)) > 50

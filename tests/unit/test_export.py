@@ -228,6 +228,16 @@ def test_a_damaged_file_is_refused(tmp_path):
     assert "damaged, not a readable safetensors file" in refused(tmp_path / "bad.safetensors", "--format", "kohya")
 
 
+def test_a_disk_that_fills_up_leaves_nothing_and_is_no_wrong_request(run, tmp_path, monkeypatch):
+    def full(*arguments, **more):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tdpo_cli.export.save_file", full)
+    outcome = tdpo("export", run, "--format", "kohya", "--out", tmp_path / "out.safetensors")
+    assert outcome.status == 1 and "writing failed: No space left on device" in outcome.err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nothing_is_left_where_the_file_cannot_be_written(run, tmp_path):
     (tmp_path / "file").write_text("")
     out = tmp_path / "file/out.safetensors"

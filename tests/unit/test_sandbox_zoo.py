@@ -100,8 +100,11 @@ def test_checkpoints_hold_the_published_key_names():
         assert name in names
 
 
-@pytest.mark.parametrize("given, threads", [(None, 1), ("2", 2)])
-def test_its_networks_take_one_thread_unless_the_user_says_otherwise(given, threads, monkeypatch):
+@pytest.mark.parametrize("given, shared, threads", [(None, False, 1), ("2", False, 2), ("2", True, 1)])
+def test_its_networks_take_one_thread_unless_the_user_says_otherwise(given, shared, threads, monkeypatch):
+    """shared: the launcher chose the number, as a worker's share of the cores."""
+    if shared:
+        monkeypatch.setenv("TDPO_THREADS_SHARED", "1")
     monkeypatch.delenv("OMP_NUM_THREADS") if given is None else monkeypatch.setenv("OMP_NUM_THREADS", given)
     before = torch.get_num_threads()
     torch.set_num_threads(2)

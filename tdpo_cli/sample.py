@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from tdpo_cli import checkpoints, grid, memory, models, world
+from tdpo_cli import checkpoints, disk, grid, memory, models, world
 from tdpo_cli.console import Console
 from tdpo_cli.errors import RequestError
 from tdpo_cli.randomness import Randomness

@@ -1,5 +1,6 @@
 """Facts about what the disk holds: damage is found and named, a full disk loses nothing that was saved."""
 
+import errno
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,9 @@ import torch
 from helpers import tdpo
 from PIL import Image
 
-from tdpo_cli import record, run_dir
+from tdpo_cli import disk, record, run_dir
+from tdpo_cli.errors import RequestError, WorkError
+from tdpo_cli.image_folder.rows import ScoreFile
 from tdpo_cli.models.sd import StableDiffusion
 from tdpo_cli.run_dir import RunDir, damage
 
@@ -192,3 +195,41 @@ def test_the_systems_own_refusal_is_one_message(run, limit):
     assert process.returncode == 1, process.stderr
     assert "Traceback" not in process.stderr and "writing failed: " in process.stderr and "What was saved before is intact" in process.stderr
     assert tiny.leftovers(run) == [] and RunDir(run).load_state()[0] == 2
+
+
+def test_samples_and_scores_on_a_full_disk_are_failures_with_one_message(place, monkeypatch):
+    def full(*arguments, **more):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", full)
+        outcome = tdpo("sample", "base", "a red circle on a blue background", "--preset", tiny.preset(place), "--out", place / "samples")
+    assert outcome.status == 1 and outcome.err.endswith("samples: writing failed: No space left on device. What was saved before is intact.\n")
+    picture = place / "pictures/a red circle.png"
+    picture.parent.mkdir()
+    Image.new("RGB", (32, 32)).save(picture)
+    with monkeypatch.context() as patch:
+        patch.setattr(ScoreFile, "_line", full)
+        outcome = tdpo("score", picture.parent, "--rewards", "jpeg-compressibility", "--out", place / "scores.jsonl")
+    assert outcome.status == 1 and "writing failed: No space left on device" in outcome.err and "Traceback" not in outcome.err
+
+
+# --- what is no failing disk ------------------------------------------------------------------------------------------------
+def test_memory_that_runs_out_while_something_is_written_is_not_the_disks_fault(tmp_path):
+    with pytest.raises(torch.OutOfMemoryError), disk.whole(tmp_path / "file"):
+        raise torch.OutOfMemoryError("no memory")
+    with pytest.raises(WorkError, match="RuntimeError \\(is the disk full"), disk.whole(tmp_path / "file"):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error, message", [(errno.EWOULDBLOCK, "another tdpo process is training"), (errno.ENOLCK, "cannot lock .*; choose another")]
+)
+def test_a_folder_that_cannot_be_locked_is_no_folder_in_use(tmp_path, monkeypatch, error, message):
+    def refuse(file, how):
+        raise OSError(error, "no")
+
+    monkeypatch.setattr(disk.fcntl, "flock", refuse)
+    with pytest.raises(RequestError, match=message):
+        disk.lock(tmp_path, "training")

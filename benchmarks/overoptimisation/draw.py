@@ -103,8 +103,10 @@ def figures(main: Sequence[Run], variants: Sequence[Run]) -> None:
     shades = ["#e69f00", "#d55e00", "#009e73", "#0072b2", "#cc79a7", "#999999"]
 
     def panel(members: list[str]) -> Callable[[plt.Axes], None]:
+        whole = [name for name in members if len(analysis.of([*main, *variants], name)) == len(arms.SEEDS)]  # means of other seeds do not compare
+
         def onto(axes: plt.Axes) -> None:
-            against(axes, [*main, *variants], members, "proxy", shades[: len(members)])
+            against(axes, [*main, *variants], whole, "proxy", shades[: len(whole)])
             axes.legend(frameon=False, fontsize=7)
 
         return onto
@@ -258,7 +260,8 @@ def tables() -> dict[str, str]:
         there = [(name, method) for name, (method, _) in arms.VARIANTS.items() if analysis.of(variants, name)]
         found["Variants: outcome"] = outcome_table(everything, [name for name, _ in there])
         resets = [(name, "tdpo") for name, method in there if method == "tdpo-r" and name.startswith("reset-")]
-        found["Variants: paired differences"] = variant_table(everything, [*there, *resets])
+        stronger = [(f"tdpo-r-{name}", f"tdpo-{name}") for name in ("relu", "4-critic-steps")]
+        found["Variants: paired differences"] = variant_table(everything, [*there, *resets, *stronger])
         found["Variants: gold, paired differences to their method"] = difference_table(everything, there)
     return found
 

@@ -33,6 +33,7 @@ LEVELS = {
     "KL": (0.25, 0.5, 1.0, 2.0, 4.0),
     "proxy": (5.25, 5.5, 5.75, 6.0, 6.25, 6.5),
 }
+SAME = 0.005  # of gold: a narrower interval is of runs that have hardly parted
 KINDS = ("over-optimising", "declining", "doubtful", "stalled", "improving", "unclear")  # of verdicts
 PAIRS = (("tdpo-r", "tdpo"), ("tdpo", "ddpo"), ("tdpo-r", "ddpo"), ("ddpo-all-timesteps", "ddpo"))
 
@@ -193,6 +194,18 @@ def variant_table(runs: Sequence[Run], pairs: Sequence[tuple[str, str]]) -> str:
     return table(["", *(f"{names[column]} at {axis} {level:g}" for axis, level, column in places)], rows)
 
 
+def outside(runs: Sequence[Run], pairs: Sequence[tuple[str, str]]) -> str:
+    """How many of gold's intervals, over all pairs and levels, leave 0 out; pairs that are still nearly the same run have no say."""
+    found = [(pair, analysis.difference(runs, *pair, axis, level)) for pair in pairs for axis, levels in LEVELS.items() for level in levels]
+    moved = [(pair, one) for pair, one in found if one and one.half > SAME]
+    without = [" minus ".join(pair) for pair, one in moved if abs(one.mean) > one.half]
+    each = ", ".join(f"{without.count(name)} of {name}" for name in dict.fromkeys(without))
+    return (
+        f"Of {len(moved)} intervals of gold's differences (those above and of the ways to reset against tdpo; wider than {SAME}) {len(without)} leave 0 out "
+        f"({each}); by chance alone one in twenty would: {len(moved) / 20:.0f}.\n"
+    )
+
+
 def verdict_table(runs: Sequence[Run]) -> str:
     rows = []
     for run in runs:
@@ -262,7 +275,9 @@ def tables() -> dict[str, str]:
         resets = [(name, "tdpo") for name, method in there if method == "tdpo-r" and name.startswith("reset-")]
         stronger = [(f"tdpo-r-{name}", f"tdpo-{name}") for name in ("relu", "4-critic-steps")]
         found["Variants: paired differences"] = variant_table(everything, [*there, *resets, *stronger])
-        found["Variants: gold, paired differences to their method"] = difference_table(everything, there)
+        found["Variants: gold, paired differences to their method"] = (
+            difference_table(everything, there) + "\n" + outside(everything, [*there, *resets])
+        )
     return found
 
 

@@ -201,8 +201,8 @@ def outside(runs: Sequence[Run], pairs: Sequence[tuple[str, str]]) -> str:
     without = [" minus ".join(pair) for pair, one in moved if abs(one.mean) > one.half]
     each = ", ".join(f"{without.count(name)} of {name}" for name in dict.fromkeys(without))
     return (
-        f"Of {len(moved)} intervals of gold's differences (those above and of the ways to reset against tdpo; wider than {SAME}) {len(without)} leave 0 out "
-        f"({each}); by chance alone one in twenty would: {len(moved) / 20:.0f}.\n"
+        f"Of {len(moved)} intervals of gold's differences (those above and of the ways to reset against tdpo; wider than {SAME}) {len(without)} "
+        f"leave 0 out ({each}); by chance alone one in twenty would: {len(moved) / 20:.0f}.\n"
     )
 
 

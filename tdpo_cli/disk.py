@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from tdpo_cli.errors import RequestError, WorkError
+from tdpo_cli.errors import RequestError, WorkError, first_line
 
 
 # --- before anything is written -------------------------------------------------------------------------------------------
@@ -108,8 +108,7 @@ def failures(where: Path) -> Iterator[None]:
         name = type(error).__name__
         if name == "OutOfMemoryError" or not (isinstance(error, (OSError, RuntimeError)) or name == "SafetensorError"):
             raise
-        said = (str(error).strip() or name).splitlines()[0]
-        reason = getattr(error, "strerror", None) or f"{said} (is the disk full? {_free(where)} free)"
+        reason = getattr(error, "strerror", None) or f"{first_line(error)} (is the disk full? {_free(where)} free)"
         raise WorkError(f"{where}: writing failed: {reason}. What was saved before is intact.") from error
 
 

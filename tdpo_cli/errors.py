@@ -11,3 +11,8 @@ class WorkError(RuntimeError):
 
 class LostPeer(WorkError):
     """Another process of the run is gone or silent: a consequence, the cause lies with that process."""
+
+
+def first_line(error: BaseException | None, otherwise: str | None = None) -> str:
+    """What an error says first; `otherwise`, or the name of its kind, where it says nothing."""
+    return (str(error).strip() or otherwise or type(error).__name__).splitlines()[0]

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from tdpo_cli.errors import RequestError
+from tdpo_cli.errors import RequestError, first_line
 from tdpo_cli.settings import suggest
 
 # the list that DDPO published for its animal experiments
@@ -105,7 +105,7 @@ def _hpsv2(style: str) -> list[str]:
         path = Path(hf_hub_download("zhwang/HPDv2", file, repo_type="dataset"))
         return [prompt.strip() for prompt in json.loads(path.read_text(encoding="utf-8")) if prompt.strip()]
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise RequestError(
             f"hpsv2:{style}: {file} of zhwang/HPDv2 is not in the hub cache and could not be fetched: {reason}\n"
             f"Fetch it with: hf download --repo-type dataset zhwang/HPDv2 {file}\n"

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from tdpo_cli import preset as presets
 from tdpo_cli.console import Console
-from tdpo_cli.errors import RequestError
+from tdpo_cli.errors import RequestError, first_line
 from tdpo_cli.preset import Preset
 from tdpo_cli.run_dir import RunDir, epoch_name
 
@@ -42,7 +42,7 @@ def started(preset: Preset, folder: RunDir, console: Console, is_main: bool = Tr
             action()
         except Exception as error:  # noqa: BLE001 - a network or a disk that fails, in a library that has its own errors
             del live[name]
-            reason = (str(error).strip() or "no reason given").splitlines()[0].rstrip(".")
+            reason = first_line(error, "no reason given").rstrip(".")
             console.warn(
                 f"tracker {name} failed and gets nothing more from this start: {type(error).__name__}: {reason}. "
                 "metrics.jsonl has every epoch; the next tdpo train --resume sends what is missing."

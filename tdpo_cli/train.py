@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tdpo_cli import __version__, algorithms, memory, record, run_page, scoring, stopping, trackers, verdict
 from tdpo_cli.console import Console
-from tdpo_cli.errors import RequestError, WorkError
+from tdpo_cli.errors import RequestError, WorkError, first_line
 from tdpo_cli.job import Job, build
 from tdpo_cli.preset import Preset
 from tdpo_cli.randomness import shuffle_plan, unshuffled
@@ -52,7 +52,7 @@ def run(preset: Preset, out: Path, resume: bool, console: Console, device: str |
             samples = len(world.mine(preset.rollout.samples_per_epoch))
             smaller = plan.smaller(samples)
             if preset.run.micro_batch is not None or smaller is None or world.size > 1:
-                reason = (str(error).strip() or "out of memory").splitlines()[0]
+                reason = first_line(error, "out of memory")
                 saved = " The last finished epoch is safe on disk." if folder.holds_a_run else ""
                 raise WorkError(f"out of memory: {reason}\n{memory.advice(preset, min(plan.micro_batch, samples))}{saved}") from error
         plan, recomputing = smaller, " and gradient checkpointing" if smaller.checkpointing else ""

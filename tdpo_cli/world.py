@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdpo_cli.errors import LostPeer, RequestError, WorkError
+from tdpo_cli.errors import LostPeer, RequestError, WorkError, first_line
 from tdpo_cli.types import Trajectory
 
 TIMEOUT = float(os.environ.get("TDPO_TIMEOUT", 30))  # minutes a process waits for the others before it gives up
@@ -140,7 +140,7 @@ def _exchange(what: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        reason = first_line(error)[:200]
         raise LostPeer(
             f"lost another process of the run while exchanging {what}: it ended, or said nothing for {TIMEOUT:g} minutes "
             f"(TDPO_TIMEOUT sets how long to wait). Its own message tells why; the last finished epoch is safe on disk. [{reason}]"

@@ -244,12 +244,12 @@ def held_out_tables(found: dict[str, Any]) -> str:
         alike = f"{agreement['base']['mean']:.2f} -> {agreement['model']['mean']:.2f}"
         changes = [cell(run["since_base"][name]) for name in ("trained", "others")]
         rows.append([run["arm"], run["seed"], *changes, alike, kind, cell(gold), cell(run["gold_drop"]["drop"])])
-    counted = [[name, len(group), *(group.count(kind) for kind in KINDS)] for name, group in by_fate.items()]
+    fates = [[name, len(group), *(group.count(kind) for kind in KINDS)] for name, group in by_fate.items()]
     gold = {(run["arm"], run["seed"]): run["gold"][-1]["mean"] for run in found["runs"]}
     pairs = [[f"{a} minus {b}", analysis.interval([gold[a, seed] - gold[b, seed] for seed in arms.SEEDS])] for a, b in PAIRS]
     head = ["arm", "seed", "proxy", "others", "agreement", "verdict", "gold", "gold's fall, best to last"]
     images = f"{found['prompts']} prompts x {found['per_prompt']} images, epochs {', '.join(map(str, found['epochs']))}"
-    parts = table(["gold against the base", "runs", *KINDS], counted), table(["gold, last", "over seeds"], pairs), table(head, rows)
+    parts = table(["gold against the base", "runs", *KINDS], fates), table(["gold, last", "over seeds"], pairs), table(head, rows)
     return f"{images}; in sd of the base model, against it.\n\n" + "\n".join(parts)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from tdpo_cli import comparison, disk, grid, memory, models, scoring
 from tdpo_cli.cross_eval.folder import Folder, Part, write_json
 from tdpo_cli.cross_eval.models import Model, hashes, network
-from tdpo_cli.errors import RequestError, WorkError
+from tdpo_cli.errors import RequestError, WorkError, first_line
 from tdpo_cli.randomness import Randomness
 from tdpo_cli.rewards.backbones import Backbones, critic_encoder
 from tdpo_cli.rollout import generate
@@ -121,5 +121,5 @@ def _out_of_memory(batch_size: int) -> Iterator[None]:
         if isinstance(error, WorkError) or not memory.exhausted(error):
             raise
         hint = f"Begin anew with --batch-size {max(1, batch_size // 2)} and another --out" if batch_size > 1 else "Evaluate fewer --rewards at a time"
-        said = (str(error).strip() or "nothing left").splitlines()[0].rstrip(".")
+        said = first_line(error, "nothing left").rstrip(".")
         raise WorkError(f"out of memory: {said}. {hint}.") from error

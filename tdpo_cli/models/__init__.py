@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tdpo_cli.errors import RequestError
+from tdpo_cli.errors import RequestError, first_line
 from tdpo_cli.preset import Model
 from tdpo_cli.run_dir import RunDir
 from tdpo_cli.sandbox import ZOO
@@ -105,7 +105,7 @@ def _index_file(source: str, revision: str | None) -> Path:
     try:
         return Path(hf_hub_download(source, "model_index.json", revision=revision))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason, at = str(error).strip().splitlines()[0], f" --revision {revision}" if revision else ""
+        reason, at = first_line(error), f" --revision {revision}" if revision else ""
         raise RequestError(
             f"{source}: no such folder, and the hub did not give it: {reason}\nFetch it with: hf download {source}{at}\n"
             "or give a folder: --set model.base=PATH"

@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from tdpo_cli.errors import RequestError
+from tdpo_cli.errors import RequestError, first_line
 from tdpo_cli.types import Transition
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
@@ -74,7 +74,7 @@ def _as_ddim(config: dict) -> DDIMScheduler:
     try:
         return DDIMScheduler.from_config(config)
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise RequestError(f"the scheduler's config cannot be read as DDIM's: {str(error).strip().splitlines()[0]}") from None
+        raise RequestError(f"the scheduler's config cannot be read as DDIM's: {first_line(error)}") from None
 
 
 def transition(prediction: Tensor, x_t: Tensor, k: Tensor, schedule: Schedule) -> Transition:

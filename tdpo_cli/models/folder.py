@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from tdpo_cli.errors import RequestError
+from tdpo_cli.errors import RequestError, first_line
 from tdpo_cli.models import lora
 
 # the files of a network's weights, without variant and suffix: diffusers', and transformers' (safetensors, pickle)
@@ -112,7 +112,7 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 def _reason(error: Exception | None) -> str:
-    first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
+    first = first_line(error).rstrip(".:")
     return first if len(first) <= 200 else first[:200] + " ..."
 
 

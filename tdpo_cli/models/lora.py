@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tdpo_cli.errors import RequestError
+from tdpo_cli.errors import RequestError, first_line
 
 FILE = "pytorch_lora_weights.safetensors"
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -104,7 +104,7 @@ def load(unet: nn.Module, path: Path) -> int:
     try:
         unet.load_lora_adapter(state, prefix="unet", network_alphas=alphas, adapter_name=ADAPTER)
     except (ValueError, RuntimeError, KeyError, IndexError) as error:
-        raise RequestError(f"{file}: these LoRA weights do not fit the base model: {str(error).strip().splitlines()[0]}") from None
+        raise RequestError(f"{file}: these LoRA weights do not fit the base model: {first_line(error)}") from None
     loaded = parameters(unet)
     if not loaded:
         raise RequestError(f"{file}: no LoRA weights for this UNet there (keys should start with `unet.`).")

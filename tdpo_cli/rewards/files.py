@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tdpo_cli.errors import first_line
 from tdpo_cli.rewards import RewardError
 
 
@@ -72,7 +73,7 @@ def _from_hub(hub_id: str, candidates: tuple[str, ...], needed_by: str) -> Path:
         except EntryNotFoundError:
             continue
         except (HfHubHTTPError, OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
     raise RewardError(
         f"{needed_by} needs {' or '.join(candidates)} of {hub_id}, looked for in {constants.HF_HUB_CACHE} and on the "
         f"hub: {reason}. There is no local folder {hub_id} either. Fetch it with: hf download {hub_id} {candidates[0]}"
@@ -105,10 +106,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             # map_location: the LAION head was saved from a GPU. Mapping the file saves a second copy of it in memory.
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch, pickle, zip and safetensors each raise their own
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RewardError(
             f"{path} was refused: it does not load as plain weights (weights_only=True, as a pickle can run any code). "
-            f"Fetch the file again or convert it to safetensors. Reason: {first_line}"
+            f"Fetch the file again or convert it to safetensors. Reason: {first_line(error)}"
         ) from error
     state = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

@@ -33,8 +33,8 @@ from setup import SIZES, Bench, build  # noqa: E402
 from timing import CLOCKS, Stopwatch, clock_of, interleave, ratios, seconds, spread  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from tdpo_cli import footprint, memory  # noqa: E402
-from tdpo_cli.record import peak_memory  # noqa: E402
+from tdpo_cli.machine import footprint, memory  # noqa: E402
+from tdpo_cli.train.metrics import peak_memory  # noqa: E402
 
 
 def measure(

@@ -10,7 +10,7 @@ from setup import Bench
 from standin import Schedule, Trained, log_prob, predict
 from torch import Tensor
 
-from tdpo_cli.models import lora
+from tdpo_cli.models import adapter
 from tdpo_cli.types import Credit, ShufflePlan, Trajectory
 
 NO_WORSE = 1.5  # rounding errors of two orders of summation differ by chance, a lower precision by much more
@@ -44,7 +44,7 @@ def reference_gradient(bench: Bench, trajectory: Trajectory, credit: Credit, pla
     """The first optimizer step's gradient of the policy, pair by pair, one precision up (fp64 for fp32, fp32 for half), ratios exactly 1."""
     dtype = torch.float64 if bench.policy.unet.dtype == torch.float32 else torch.float32
     unet, schedule = copy.deepcopy(bench.policy.unet).to(dtype), Schedule(bench)
-    weights = list(lora.parameters(unet).values())
+    weights = list(adapter.parameters(unet).values())
     for weight in weights:
         weight.requires_grad_(True).grad = None
     samples, steps = next(plan.optimizer_steps(bench.preset.update.batch_size, False))

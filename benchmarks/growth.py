@@ -29,7 +29,7 @@ from timing import clock_of  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_iter  # noqa: E402
 
-from tdpo_cli.memory import Plan  # noqa: E402
+from tdpo_cli.machine.memory import Plan  # noqa: E402
 
 BASE = dataclasses.replace(SIZES["tiny"], samples=24, steps=4, batch=12)
 PLAN = Plan(12, 12, 12)  # fixed: pieces of one size, so that only their number grows
@@ -61,7 +61,7 @@ class Alive(TorchDispatchMode):
 
 def at(bench: Bench, size: Size) -> Bench:
     """The same networks with another number of samples or steps, or another resolution."""
-    from tdpo_cli import preset as presets
+    from tdpo_cli.config import preset as presets
 
     changes = [("rollout.samples_per_epoch", size.samples), ("rollout.steps", size.steps), ("update.batch_size", size.batch)]
     bench.preset, bench.size = presets.override(bench.preset, changes), size

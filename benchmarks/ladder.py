@@ -13,7 +13,7 @@ import torch
 from setup import Bench
 from timing import Phases, Stopwatch, clock_of, interleave, seconds
 
-from tdpo_cli.memory import Plan
+from tdpo_cli.machine.memory import Plan
 
 
 def standin_epoch(bench: Bench, ways: standin.Ways) -> Phases:

@@ -8,12 +8,12 @@ from standin import Trained
 from torch import Tensor
 
 from tdpo_cli import algorithms
-from tdpo_cli.memory import Plan
+from tdpo_cli.machine.memory import Plan
+from tdpo_cli.machine.world import World
 from tdpo_cli.randomness import shuffle_plan, unshuffled
-from tdpo_cli.rollout import rollout
+from tdpo_cli.train.rollout import rollout
+from tdpo_cli.train.update import Observer, make_optimizers, update
 from tdpo_cli.types import Credit, ShufflePlan, Trajectory
-from tdpo_cli.update import Observer, make_optimizers, update
-from tdpo_cli.world import World
 
 
 def sample(bench: Bench, plan: Plan, epoch: int = 0) -> Trajectory:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdpo_cli import preset as presets
-from tdpo_cli.critic import Critic
-from tdpo_cli.models.sd import DTYPES, StableDiffusion
-from tdpo_cli.preset import Preset
+from tdpo_cli.algorithms.critic import Critic
+from tdpo_cli.config import preset as presets
+from tdpo_cli.config.preset import Preset
+from tdpo_cli.models.families.sd import DTYPES, StableDiffusion
 from tdpo_cli.randomness import Randomness
 from tdpo_cli.rewards.backbones import ImageEncoder
 from tdpo_cli.rewards.networks import FrozenImageEncoder
@@ -86,9 +86,9 @@ def build(size: Size, device: torch.device, dtype: str = "fp16") -> Bench:
     ]  # fmt: skip
     if size.width is None:
         preset = presets.load("quickstart", overrides)
-        from tdpo_cli.job import build as build_job
-        from tdpo_cli.memory import Plan
-        from tdpo_cli.world import World
+        from tdpo_cli.machine.memory import Plan
+        from tdpo_cli.machine.world import World
+        from tdpo_cli.train.state import build as build_job
 
         job = build_job(preset, World(device=device), Plan.of(size.samples))
         bench = Bench(size, preset, job.policy, job.encoder, job.critic, job.rewards[preset.reward.train], job.prompts, job.randomness, device)

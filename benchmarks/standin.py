@@ -18,9 +18,9 @@ from PIL import Image
 from setup import Bench
 from torch import Tensor
 
-from tdpo_cli.critic import DROPOUT, WIDTHS
+from tdpo_cli.algorithms.critic import DROPOUT, WIDTHS
+from tdpo_cli.train.update import critic_loss, policy_loss
 from tdpo_cli.types import Credit, ShufflePlan, Trajectory
-from tdpo_cli.update import critic_loss, policy_loss
 
 
 @dataclass(frozen=True)

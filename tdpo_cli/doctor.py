@@ -14,11 +14,11 @@ import torch
 from huggingface_hub import constants
 from packaging.requirements import Requirement
 
-from tdpo_cli import memory, scoring
-from tdpo_cli import preset as presets
+from tdpo_cli.config import preset as presets
+from tdpo_cli.config.preset import Preset
 from tdpo_cli.console import Console, size
-from tdpo_cli.preset import Preset
-from tdpo_cli.rewards import needed
+from tdpo_cli.machine import memory
+from tdpo_cli.rewards import required_files, scoring
 from tdpo_cli.sandbox import ZOO
 
 LEAST_DISK = 5e9  # bytes; a run folder with its images and states
@@ -44,7 +44,7 @@ def run(preset_name: str | None, console: Console) -> dict[str, Any]:
         "devices": devices,
         "free_disk_bytes": shutil.disk_usage(Path.cwd()).free,
         "hub": {"cache": constants.HF_HUB_CACHE, "offline": bool(constants.HF_HUB_OFFLINE)},
-        "rewards": {name: _files(needed.of_reward(name)) for name in needed.PUBLISHED},
+        "rewards": {name: _files(required_files.of_reward(name)) for name in required_files.PUBLISHED},
         "preset": _preset(preset_name or "quickstart", preset, devices),
     }
     problems = [f"{name} {one['version'] or 'is missing'}, needs {one['needs']}" for name, one in report["libraries"].items() if not one["ok"]]
@@ -98,7 +98,7 @@ def _preset(name: str, preset: Preset, devices: list[dict[str, Any]]) -> dict[st
     fits = limit is None or at_least < memory.MARGIN * limit
     plan = memory.choose(preset, memory.limit(preset, limit, gpu) if fits else None, count, gpu)  # as training chooses it
     files = _needed_files(preset)
-    commands = needed.commands(files)
+    commands = required_files.commands(files)
     problems = [f"{sum(file.path is None for file in files)} files of {name} are missing"] if commands else []
     if not fits:
         problems.append(f"{name} needs about {size(at_least)} of memory on each device, and {size(limit)} are free on {used[0]['device']}")
@@ -116,24 +116,24 @@ def _preset(name: str, preset: Preset, devices: list[dict[str, Any]]) -> dict[st
     }
 
 
-def _needed_files(preset: Preset) -> list[needed.File]:
+def _needed_files(preset: Preset) -> list[required_files.File]:
     checkpoints = scoring.checkpoints(preset.reward.zoo, preset.reward.checkpoints)
-    rewards = [file for name in preset.rewards for file in needed.of_reward(name, checkpoints.get(name))]
+    rewards = [file for name in preset.rewards for file in required_files.of_reward(name, checkpoints.get(name))]
     if preset.has_critic and preset.reward.train not in ("pickscore", "hpsv2", "hpsv2.1"):  # the critic sees through the aesthetic reward's CLIP
-        rewards += [file for file in needed.of_reward("aesthetic", checkpoints.get("aesthetic")) if "aesthetic" not in file.hub_id]
+        rewards += [file for file in required_files.of_reward("aesthetic", checkpoints.get("aesthetic")) if "aesthetic" not in file.hub_id]
     lists = [source for source in (preset.rollout.prompts, preset.rollout.eval_prompts) if source and source.startswith("hpsv2:")]
-    prompts = needed.on_hub("zhwang/HPDv2", [f"benchmark/{source.removeprefix('hpsv2:')}.json" for source in lists], repo_type="dataset")
+    prompts = required_files.on_hub("zhwang/HPDv2", [f"benchmark/{source.removeprefix('hpsv2:')}.json" for source in lists], repo_type="dataset")
     return list(dict.fromkeys([*_base_model(preset), *rewards, *prompts]))
 
 
-def _base_model(preset: Preset) -> list[needed.File]:
+def _base_model(preset: Preset) -> list[required_files.File]:
     base = preset.model.base
     folder = ZOO / "pipeline" if base == "sandbox" else Path(base).expanduser()
     names = [f"{part}/{name}" for part, files in BASE_MODEL.items() for name in files]
     if not folder.is_dir() and base.count("/") == 1:
-        cached = needed.on_hub(base, names, preset.model.revision)
+        cached = required_files.on_hub(base, names, preset.model.revision)
         return [file if file.path else _other_weights_in_cache(file, preset.model.revision) for file in cached]
-    return [needed.File(name, str(folder), _present(folder, name), base, f" --local-dir {folder}") for name in names]
+    return [required_files.File(name, str(folder), _present(folder, name), base, f" --local-dir {folder}") for name in names]
 
 
 def _alternatives(name: str) -> list[str]:
@@ -142,9 +142,9 @@ def _alternatives(name: str) -> list[str]:
     return [f"{part}/{other.format(stem=stem)}" for other in OTHER_WEIGHTS] if file.endswith(".safetensors") else []
 
 
-def _other_weights_in_cache(file: needed.File, revision: str | None) -> needed.File:
+def _other_weights_in_cache(file: required_files.File, revision: str | None) -> required_files.File:
     for name in _alternatives(file.name):
-        (other,) = needed.on_hub(file.hub_id, [name], revision)
+        (other,) = required_files.on_hub(file.hub_id, [name], revision)
         if other.path:
             return other
     return file
@@ -154,9 +154,9 @@ def _present(folder: Path, name: str) -> str | None:
     return next((str(folder / one) for one in (name, *_alternatives(name)) if (folder / one).is_file()), None)
 
 
-def _files(files: list[needed.File]) -> dict[str, Any]:
+def _files(files: list[required_files.File]) -> dict[str, Any]:
     shown = [{key: value for key, value in dataclasses.asdict(file).items() if key in ("name", "source", "path")} for file in files]
-    return {"present": all(file.path for file in files), "files": shown, "commands": needed.commands(files)}
+    return {"present": all(file.path for file in files), "files": shown, "commands": required_files.commands(files)}
 
 
 # --- for people ---------------------------------------------------------------------------------------------------------

@@ -5,6 +5,10 @@ class RequestError(ValueError):
     """The request was wrong. The message says what was seen, what was expected and what to do."""
 
 
+class RewardError(RequestError):
+    """A reward cannot be had as asked: the message names the file, key, shape or name, and what to do."""
+
+
 class WorkError(RuntimeError):
     """The request was fine and the work failed. The message names the step and what is safe on disk."""
 

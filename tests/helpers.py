@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from tdpo_cli import cli
-from tdpo_cli import preset as presets
-from tdpo_cli.preset import Preset
+from tdpo_cli.config import preset as presets
+from tdpo_cli.config.preset import Preset
 from tdpo_cli.types import Trajectory, Transition
 
 

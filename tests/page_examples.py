@@ -11,7 +11,7 @@ from typing import Any
 from helpers import make_preset
 from PIL import Image
 
-from tdpo_cli.run_dir import RunDir, epoch_name
+from tdpo_cli.storage.run_dir import RunDir, epoch_name
 
 HOSTILE = "</script><script>alert(\"x\")</script><img src=x onerror=alert(1)> & 'quotes'"
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tdpo_cli import preset as presets
-from tdpo_cli import verdict
+from tdpo_cli.config import preset as presets
+from tdpo_cli.overoptimisation import verdict
 
 PROXY, GOLD = "rewards/aesthetic/mean", "rewards/gold/mean"
 AXES = {"queries": "reward_queries", "steps": "updates", "KL": "mean_kl", "proxy": PROXY}

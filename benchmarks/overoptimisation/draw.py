@@ -19,7 +19,7 @@ import matplotlib
 import run as runner
 from analysis import AXES, GOLD, PROXY, Run
 
-from tdpo_cli import verdict
+from tdpo_cli.overoptimisation import verdict
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

@@ -18,7 +18,7 @@ from typing import Any
 import arms
 from run import RESULTS, commit
 
-from tdpo_cli import disk
+from tdpo_cli.storage import disk
 
 EPOCHS = (19, 39, 59)
 PER_PROMPT = 4

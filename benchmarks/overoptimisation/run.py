@@ -21,7 +21,7 @@ from typing import Any
 
 import arms
 
-from tdpo_cli import disk
+from tdpo_cli.storage import disk
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

@@ -8,10 +8,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from tdpo_cli.algorithms.critic import Critic
 from tdpo_cli.algorithms.ddpo import DDPO
 from tdpo_cli.algorithms.tdpo import TDPO, TDPOR
-from tdpo_cli.critic import Critic
-from tdpo_cli.preset import Preset
+from tdpo_cli.config.preset import Preset
 from tdpo_cli.randomness import Randomness
 from tdpo_cli.types import Credit, ShufflePlan, Trajectory
 

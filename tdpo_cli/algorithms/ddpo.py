@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tdpo_cli.algorithms.critic import Critic
 from tdpo_cli.algorithms.returns import Returns
-from tdpo_cli.critic import Critic
-from tdpo_cli.preset import Preset
+from tdpo_cli.config.preset import Preset
 from tdpo_cli.randomness import Randomness
 from tdpo_cli.types import Credit, ShufflePlan, Trajectory
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tdpo_cli import kl, moments
-from tdpo_cli.preset import Preset
+from tdpo_cli.algorithms import kl, moments
+from tdpo_cli.config.preset import Preset
 from tdpo_cli.types import Trajectory
 
 

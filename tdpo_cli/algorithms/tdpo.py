@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdpo_cli import reset
+from tdpo_cli.algorithms import reset
+from tdpo_cli.algorithms.critic import Critic
+from tdpo_cli.algorithms.moments import PerPromptMoments
 from tdpo_cli.algorithms.returns import Returns
-from tdpo_cli.critic import Critic
-from tdpo_cli.moments import PerPromptMoments
-from tdpo_cli.preset import Preset
+from tdpo_cli.config.preset import Preset
 from tdpo_cli.randomness import Randomness
 from tdpo_cli.types import Credit, ShufflePlan, Trajectory
 

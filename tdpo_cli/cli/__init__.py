@@ -9,9 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from tdpo_cli import __version__, launch
+from tdpo_cli import __version__
 from tdpo_cli.cli import cross_eval, doctor, export, presets, report, sample, score, train
 from tdpo_cli.errors import RequestError, WorkError
+from tdpo_cli.machine import launch
 
 app = typer.Typer(
     name="tdpo",

@@ -9,9 +9,9 @@ from typing import Annotated, Optional
 
 import typer
 
-from tdpo_cli import launch
 from tdpo_cli.cli import options
 from tdpo_cli.console import Console
+from tdpo_cli.machine import launch
 
 
 def cross_eval(
@@ -44,14 +44,14 @@ def cross_eval(
     if launch.is_worker():
         launch.check_world(workers)
     elif out is None or workers.world_size > 1:
-        from tdpo_cli.run_dir import next_free
+        from tdpo_cli.storage.run_dir import next_free
 
         out = out or next_free(Path("cross-evals"), _name(checkpoints[0]))
         if workers.world_size > 1:
             launch.check(workers, workers.world_size)  # of the devices; how much there is to do is not known yet
             raise typer.Exit(launch.run(workers, [*sys.argv[1:], "--out", str(out)]))
     options.prepare_libraries()
-    from tdpo_cli import cross_eval as evaluation
+    from tdpo_cli.cross_eval import cross_eval as evaluation
 
     report = evaluation.run(
         checkpoints, rewards, prompts, per_prompt, seed, out, preset, options.overrides(set_, checkpoint, zoo), epoch or [], batch_size,

@@ -22,7 +22,7 @@ def export(
 ) -> None:
     """Write a checkpoint's LoRA in another program's format."""
     options.prepare_libraries()
-    from tdpo_cli import export as exporting
+    from tdpo_cli.models import export as exporting
 
     report = exporting.run(checkpoint, format_, out, epoch, Console(quiet or json_))
     if json_:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from tdpo_cli import preset as presets
+from tdpo_cli.config import preset as presets
 from tdpo_cli.errors import RequestError
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]

@@ -7,8 +7,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from tdpo_cli import preset as presets
 from tdpo_cli.cli import options
+from tdpo_cli.config import preset as presets
 
 
 def list_or_show(

@@ -19,7 +19,7 @@ def report(
     quiet: options.QuietFlag = False,
 ) -> None:
     """Write a run's curves, pictures and verdict as one self-contained HTML page."""
-    from tdpo_cli import report as reporting
+    from tdpo_cli.report import report as reporting
 
     summary = reporting.run(run, out, Console(quiet or json_))
     if json_:

@@ -9,11 +9,11 @@ from typing import Annotated, Optional
 
 import typer
 
-from tdpo_cli import launch
-from tdpo_cli import preset as presets
 from tdpo_cli.cli import options
+from tdpo_cli.config import preset as presets
 from tdpo_cli.console import Console
 from tdpo_cli.errors import RequestError
+from tdpo_cli.machine import launch
 
 
 def sample(
@@ -41,7 +41,7 @@ def sample(
     quiet: options.QuietFlag = False,
 ) -> None:
     """Sample images from a checkpoint."""
-    from tdpo_cli import prompts as prompt_sources
+    from tdpo_cli.config import prompts as prompt_sources
 
     workers = launch.plan(gpus, processes, 1, None, None)
     if workers.world_size > 1 and "-" in prompts:
@@ -50,13 +50,13 @@ def sample(
     if launch.is_worker():
         launch.check_world(workers)
     elif workers.world_size > 1:
-        from tdpo_cli.run_dir import next_free
+        from tdpo_cli.storage.run_dir import next_free
 
         launch.check(workers, len(wanted) * per_prompt)
         out = out or next_free(Path("samples"), Path(checkpoint).name or "base")
         raise typer.Exit(launch.run(workers, [*sys.argv[1:], "--out", str(out)]))
     options.prepare_libraries()
-    from tdpo_cli import sample as sampling
+    from tdpo_cli.sampling import sample as sampling
 
     overrides = [presets.parse_override(text) for text in set_ or []]
     given = {

@@ -34,7 +34,7 @@ def score(
 ) -> None:
     """Score the images of a folder with reward models."""
     options.prepare_libraries()
-    from tdpo_cli import score as scoring
+    from tdpo_cli.score import score as scoring
 
     report = scoring.run(
         folder, rewards, prompt, prompts, variant, options.checkpoints(checkpoint), zoo, out, batch_size, processes, gpus, device, dtype,

@@ -9,11 +9,11 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from tdpo_cli import launch
-from tdpo_cli import preset as presets
 from tdpo_cli.cli import options
+from tdpo_cli.config import preset as presets
 from tdpo_cli.console import Console, size
 from tdpo_cli.errors import RequestError
+from tdpo_cli.machine import launch
 
 
 def train(
@@ -62,7 +62,7 @@ def train(
     if machines > 1 and out is None:
         raise RequestError("--machines needs --out RUN, the same on every machine.")
     if out is None:
-        from tdpo_cli.run_dir import next_free
+        from tdpo_cli.storage.run_dir import next_free
 
         out = next_free(Path("runs"), Path(preset or "quickstart").stem)
     if launch.is_worker():
@@ -75,7 +75,7 @@ def train(
     console = Console(quiet or json_, silent=not launch.is_main())
     with console.working("loading libraries"):
         options.prepare_libraries()
-        from tdpo_cli import train as training
+        from tdpo_cli.train import train as training
 
     report = training.run(resolved, out, resume, console, "cuda" if gpus else "cpu" if processes else None)
     if json_ and launch.is_main():
@@ -88,7 +88,7 @@ RESUMABLE = ("run.epochs", "run.save_every", "run.keep_last", "run.stop_on_overo
 
 def _resumed(out: Path | None, preset: str | None, overrides: list[tuple[str, Any]]) -> presets.Preset:
     """The recorded preset with what was given explicitly; only RESUMABLE keys may differ. Raises RequestError."""
-    from tdpo_cli.run_dir import RunDir
+    from tdpo_cli.storage.run_dir import RunDir
 
     if out is None:
         raise RequestError("--resume needs --out RUN: the folder of the run to continue.")
@@ -105,7 +105,7 @@ def _resumed(out: Path | None, preset: str | None, overrides: list[tuple[str, An
 
 
 def _dry_run(preset: presets.Preset, as_json: bool) -> None:
-    from tdpo_cli import memory
+    from tdpo_cli.machine import memory
 
     # which device there is, nobody has asked: the usual plan of a GPU, or the one that the limit allows
     gpu = preset.model.base != "sandbox"

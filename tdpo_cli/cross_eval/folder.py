@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tdpo_cli import disk
 from tdpo_cli.errors import RequestError
+from tdpo_cli.storage import disk
 
 Part = tuple[int, int, int]  # number of the model, first prompt, end
 

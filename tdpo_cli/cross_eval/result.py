@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from tdpo_cli import __version__, comparison
-from tdpo_cli.cross_eval.models import Model
+from tdpo_cli import __version__
+from tdpo_cli.cross_eval.candidates import Model
+from tdpo_cli.overoptimisation import statistics
 
 Scores = dict[str, np.ndarray]  # reward -> [P,I], NaN where a score is missing
 
@@ -16,7 +17,7 @@ Scores = dict[str, np.ndarray]  # reward -> [P,I], NaN where a score is missing
 def build(request: Mapping[str, Any], models: Sequence[Model], parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     """Everything that is known of the models: `parts` holds what was scored, by model, in the order of the prompts."""
     rewards, prompts, seed = list(request["rewards"]), request["prompts"], request["seed"]
-    draws = comparison.resample(len(prompts), seed)
+    draws = statistics.resample(len(prompts), seed)
     raw = {model.name: {name: [row for part in parts[model.name] for row in part["scores"][name]] for name in rewards} for model in models}
     scores = {model: {name: np.array(rows, dtype=np.float64) for name, rows in columns.items()} for model, columns in raw.items()}
     distances = {name: _distances(parts[name]) for name in scores}
@@ -29,7 +30,7 @@ def build(request: Mapping[str, Any], models: Sequence[Model], parts: Mapping[st
     for model in models:
         if model.group is not None:
             groups.setdefault(model.group, []).append(model)
-    matrix = [[comparison.estimate(standardised[group[-1].name][name], draws) for name in rewards] for group in groups.values()]
+    matrix = [[statistics.estimate(standardised[group[-1].name][name], draws) for name in rewards] for group in groups.values()]
     return {
         "tdpo": __version__,
         "seed": seed,
@@ -37,7 +38,7 @@ def build(request: Mapping[str, Any], models: Sequence[Model], parts: Mapping[st
         "prompt_source": request["prompt_source"],
         "prompts": prompts,
         "rewards": rewards,
-        "bootstrap": {"resamples": comparison.RESAMPLES, "level": comparison.LEVEL, "unit": "prompt"},
+        "bootstrap": {"resamples": statistics.RESAMPLES, "level": statistics.LEVEL, "unit": "prompt"},
         "models": entries,
         "runs": [_run(name, group, standardised, agreement[group[-1].name], draws) for name, group in groups.items()],
         "matrix": {"trained": list(groups), "evaluated": rewards, "standardised": matrix},
@@ -46,7 +47,7 @@ def build(request: Mapping[str, Any], models: Sequence[Model], parts: Mapping[st
 
 def _standardised(scores: Scores, base: Scores) -> Scores:
     """The common scale: paired differences in units of the base's standard deviation; all missing where that is 0."""
-    stds = {name: comparison.spread(values)["std"] for name, values in base.items()}
+    stds = {name: statistics.spread(values)["std"] for name, values in base.items()}
     return {name: (values - base[name]) / stds[name] if stds[name] else np.full_like(values, np.nan) for name, values in scores.items()}
 
 
@@ -62,12 +63,12 @@ def _entry(
     own, far = scores[model.name], distances[model.name]
     rewards: dict[str, Any] = {}
     for name, values in own.items():
-        rewards[name] = {**comparison.spread(values), "difference": None, "standardised": None, "win_rate": None}
+        rewards[name] = {**statistics.spread(values), "difference": None, "standardised": None, "win_rate": None}
         if model.base is not None:
             difference = values - scores[model.base][name]
-            rewards[name]["difference"] = comparison.estimate(difference, draws)
-            rewards[name]["standardised"] = comparison.estimate(standardised[name], draws)
-            rewards[name]["win_rate"] = comparison.estimate(comparison.wins(difference), draws)
+            rewards[name]["difference"] = statistics.estimate(difference, draws)
+            rewards[name]["standardised"] = statistics.estimate(standardised[name], draws)
+            rewards[name]["win_rate"] = statistics.estimate(statistics.wins(difference), draws)
     compared = model.base is not None and far is not None
     return {
         "name": model.name,
@@ -81,10 +82,10 @@ def _entry(
         "images": f"images/{model.name}",
         "scores": raw,
         "rewards": rewards,
-        "diversity": None if far is None else comparison.estimate(far, draws),
-        "diversity_difference": comparison.estimate(far - distances[model.base], draws) if compared else None,
-        "prompts_all_rise": comparison.share_all_rise(standardised),
-        "prompts_trained_rises_others_fall": comparison.share_trained_rises_others_fall(standardised, model.trained_reward),
+        "diversity": None if far is None else statistics.estimate(far, draws),
+        "diversity_difference": statistics.estimate(far - distances[model.base], draws) if compared else None,
+        "prompts_all_rise": statistics.share_all_rise(standardised),
+        "prompts_trained_rises_others_fall": statistics.share_trained_rises_others_fall(standardised, model.trained_reward),
         "agreement": _agreement(model, scores, draws),
     }
 
@@ -93,8 +94,8 @@ def _agreement(model: Model, scores: Mapping[str, Scores], draws: np.ndarray) ->
     """How alike the trained and the other learned rewards rank a prompt's images: the base's, the model's, the change."""
     if model.base is None:
         return None
-    sums = [comparison.agreement_sums(scores[name], model.trained_reward) for name in (model.base, model.name)]
-    return None if any(one is None for one in sums) else comparison.agreements(*sums, draws)
+    sums = [statistics.agreement_sums(scores[name], model.trained_reward) for name in (model.base, model.name)]
+    return None if any(one is None for one in sums) else statistics.agreements(*sums, draws)
 
 
 def _run(
@@ -103,16 +104,16 @@ def _run(
     last = group[-1]
     peaks = {}
     for reward in standardised[last.name]:
-        peak, numbers = comparison.peak_to_final(np.stack([standardised[model.name][reward] for model in group]), draws)
+        peak, numbers = statistics.peak_to_final(np.stack([standardised[model.name][reward] for model in group]), draws)
         peaks[reward] = {"peak_epoch": group[peak].epoch, **numbers}
     trained = last.trained_reward
-    others = [comparison.mean_of_others(standardised[model.name], trained) for model in group]
+    others = [statistics.mean_of_others(standardised[model.name], trained) for model in group]
     since_base = since_best = best_epoch = None
     if others[0] is not None:
         nothing = np.zeros_like(others[0])  # the base on the common scale
         mine = np.stack([nothing, *(standardised[model.name][trained] for model in group)])
-        best, since_best = comparison.since_best(mine, np.stack([nothing, *others]), draws)
-        since_base = {"trained": comparison.estimate(mine[-1], draws), "others": comparison.estimate(others[-1], draws)}
+        best, since_best = statistics.since_best(mine, np.stack([nothing, *others]), draws)
+        since_base = {"trained": statistics.estimate(mine[-1], draws), "others": statistics.estimate(others[-1], draws)}
         best_epoch = None if best == 0 else group[best - 1].epoch
     return {
         "run": name,
@@ -123,5 +124,5 @@ def _run(
         "peak_to_final": peaks,
         "since_base": since_base,  # change of the trained reward and of the mean of the other learned ones, common scale
         "since_best": None if since_best is None else {"epoch": best_epoch, **since_best},
-        "verdict": comparison.verdict(trained, draws.shape[1], since_base, best_epoch, since_best, agreement),
+        "verdict": statistics.verdict(trained, draws.shape[1], since_base, best_epoch, since_best, agreement),
     }

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from tdpo_cli.config.preset import Model
 from tdpo_cli.errors import RequestError, first_line
-from tdpo_cli.preset import Model
-from tdpo_cli.run_dir import RunDir
 from tdpo_cli.sandbox import ZOO
+from tdpo_cli.storage.run_dir import RunDir
 from tdpo_cli.types import Transition
 
 
@@ -44,7 +44,7 @@ class Policy(Protocol):
 
 
 # diffusers' pipeline class -> the module whose `load(source, model, ...)` makes a Policy of it
-FAMILIES = {"StableDiffusionPipeline": "tdpo_cli.models.sd"}
+FAMILIES = {"StableDiffusionPipeline": "tdpo_cli.models.families.sd"}
 
 
 def resolve(base: str) -> str:

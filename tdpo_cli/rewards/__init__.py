@@ -11,19 +11,14 @@ import importlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tdpo_cli.errors import RequestError
+from tdpo_cli.errors import RewardError
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from tdpo_cli.rewards.backbones import Backbones
 
 VARIANTS = ("tdpo", "package")  # as the official TDPO computes a score, as the reward's own package does
-
-
-class RewardError(RequestError):
-    """A reward cannot be had as asked: the message names the file, key, shape or name, and what to do."""
 
 
 class Reward(Protocol):
@@ -97,26 +92,3 @@ def load(name: str, backbones: Backbones, *, checkpoint: str | None = None, vari
     if checkpoint is not None:
         raise RewardError(f"{name} is a custom reward and takes no checkpoint (got {checkpoint})")
     return custom.custom(name)
-
-
-def half_precision_difference(
-    name: str,
-    dtype: torch.dtype,
-    images: Tensor,
-    prompts: Sequence[str],
-    *,
-    device: torch.device | str = "cpu",
-    checkpoint: str | None = None,
-    variant: str = "tdpo",
-) -> dict[str, float]:
-    """What computing a reward in `dtype` costs on these images: the largest and the mean |score - float32 score|."""
-    import torch
-
-    from tdpo_cli.rewards.backbones import Backbones
-
-    scores = []
-    for precision in (torch.float32, dtype):
-        reward = load(name, Backbones(device, precision), checkpoint=checkpoint, variant=variant)
-        scores.append(reward.score(images, prompts).double().cpu())
-    difference = (scores[1] - scores[0]).abs()
-    return {"max": difference.max().item(), "mean": difference.mean().item()}

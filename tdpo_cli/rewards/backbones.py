@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from tdpo_cli.rewards import RewardError, check_name
+from tdpo_cli.errors import RewardError
 from tdpo_cli.rewards.networks import CLIP_HUB, ClipBackbone, Frozen, OpenClipBackbone, ScoreHead, clip_files
 
 
@@ -90,21 +90,3 @@ class Backbones:
         finally:
             for network in used:
                 network.move(torch.device("cpu"))
-
-
-def critic_encoder(reward_name: str, backbones: Backbones, checkpoints: Mapping[str, str]) -> ImageEncoder:
-    """The critic's image encoder for a reward: PickScore's and HPSv2's own ViT-H, CLIP ViT-L/14 for all others.
-
-    `checkpoints` maps reward names to their paths; an aesthetic folder there lends its CLIP. The instance is the
-    one the reward itself uses, wherever that is the same model.
-    """
-    check_name(reward_name)
-    if reward_name == "pickscore":
-        from tdpo_cli.rewards.pickscore import backbone
-    elif reward_name in ("hpsv2", "hpsv2.1"):
-        from tdpo_cli.rewards.hpsv2 import backbone
-    else:
-        from tdpo_cli.rewards.aesthetic import backbone
-
-        reward_name = "aesthetic"
-    return backbone(backbones, checkpoints.get(reward_name), reward_name)

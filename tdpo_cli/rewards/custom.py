@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdpo_cli.rewards import RewardError, files
+from tdpo_cli.errors import RewardError
+from tdpo_cli.rewards import files
 
 Score = Callable[[Tensor, Sequence[str]], Any]
 

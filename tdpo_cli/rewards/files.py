@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tdpo_cli.errors import first_line
-from tdpo_cli.rewards import RewardError
+from tdpo_cli.errors import RewardError, first_line
 
 
 # --- where ------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdpo_cli.rewards import RewardError, files
+from tdpo_cli.errors import RewardError
+from tdpo_cli.rewards import files
 from tdpo_cli.rewards.backbones import Backbones
 from tdpo_cli.rewards.networks import FrozenImageEncoder, ScoreHead
 from tdpo_cli.rewards.preprocess import OPENAI_MEAN, OPENAI_STD, CropOffset

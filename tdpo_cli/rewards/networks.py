@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdpo_cli.rewards import RewardError, files
+from tdpo_cli.errors import RewardError
+from tdpo_cli.rewards import files
 from tdpo_cli.rewards.preprocess import OPENAI_MEAN, OPENAI_STD, Framing, frame, normalise
 
 CLIP_HUB = "openai/clip-vit-large-patch14"

@@ -4,8 +4,7 @@ import pytest
 from chromium import NAMES, Browser, find
 from page_examples import make_cross_eval, make_run
 
-from tdpo_cli import run_page
-from tdpo_cli.pages import cross_eval, html
+from tdpo_cli.report import cross_eval_page, html, writing
 
 pytestmark = pytest.mark.skipif(find() is None, reason=f"no browser found: none of {', '.join(NAMES)}")
 
@@ -34,11 +33,11 @@ def pages(tmp_path_factory):
     }
     made = {}
     for name, settings in runs.items():
-        run_page.write(make_run(folder / name, **settings), folder / f"{name}.html")
+        writing.write(make_run(folder / name, **settings), folder / f"{name}.html")
         made[name] = folder / f"{name}.html"
     for name, shape in {"eval": {}, "eval-one": {"runs": 1, "checkpoints": 1}}.items():
         made[name] = folder / f"{name}.html"
-        html.save(cross_eval.render(make_cross_eval(folder / name, **shape), folder / name), made[name])
+        html.save(cross_eval_page.render(make_cross_eval(folder / name, **shape), folder / name), made[name])
     return made
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from helpers import tdpo
 
-from tdpo_cli import launch
 from tdpo_cli.errors import RequestError, WorkError
+from tdpo_cli.machine import launch
 
 ROOT = Path(__file__).parent.parent.parent
 TRAIN = ("train", "--preset", "quickstart")
@@ -20,7 +20,7 @@ TRAIN = ("train", "--preset", "quickstart")
 BEGIN = """
 import os, signal, sys, time
 from pathlib import Path
-from tdpo_cli import launch
+from tdpo_cli.machine import launch
 from tdpo_cli.errors import LostPeer, RequestError, WorkError
 launch.end_with_launcher()
 rank, folder = int(os.environ["RANK"]), Path(sys.argv[1])
@@ -114,7 +114,8 @@ def launcher(tmp_path):
     def start(program):
         code = f"""
 import sys
-from tdpo_cli import cli, launch
+from tdpo_cli import cli
+from tdpo_cli.machine import launch
 launch.PROGRAM = ("-c", {BEGIN + program!r})
 launch.check = lambda *arguments: None
 launch.run = lambda plan, command, run=launch.run: run(plan, [{str(tmp_path)!r}])
@@ -216,7 +217,7 @@ def test_several_machines_share_one_world():
 
 # --- workers that lose each other -----------------------------------------------------------------------------------------
 MEET = """
-from tdpo_cli import world
+from tdpo_cli.machine import world
 here = world.current("cpu")
 assert (here.rank, here.size) == (rank, 2)
 """

@@ -59,7 +59,7 @@ def place(tmp_path_factory):
 def workers(place, name, *arguments):
     """`tdpo train` into place/NAME in a process of its own, whose workers are spied on. -> what each of them saw"""
     (place / f"{name}-seen").mkdir()
-    start = f"import sys; from tdpo_cli import launch, cli; launch.PROGRAM = ({str(HERE / 'spy.py')!r},); cli.main()"
+    start = f"import sys; from tdpo_cli import cli; from tdpo_cli.machine import launch; launch.PROGRAM = ({str(HERE / 'spy.py')!r},); cli.main()"
     command = [sys.executable, "-c", start, "train", "--preset", place / "tiny.toml", "--out", place / name, "--json", *arguments]
     environment = {**os.environ, "SPY_FOLDER": str(place / f"{name}-seen"), "PYTHONPATH": str(HERE.parent.parent)}
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment, timeout=300)

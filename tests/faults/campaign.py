@@ -34,8 +34,8 @@ import torch  # noqa: E402
 import transformers  # noqa: E402, F401
 from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: E402, F401 - lazy modules, loaded now
 
-from tdpo_cli import train  # noqa: E402, F401
-from tdpo_cli.run_dir import RunDir, damage, epochs_in  # noqa: E402
+from tdpo_cli.storage.run_dir import RunDir, damage, epochs_in  # noqa: E402
+from tdpo_cli.train import train  # noqa: E402, F401
 
 EPOCHS = 8
 CHANGES = {"reward__train": "aesthetic", "run__epochs": EPOCHS, "run__save_every": 3, "run__keep_last": 2, "run__preview_images": 1}

@@ -9,7 +9,7 @@ from helpers import LinearPolicy, make_preset, make_trajectory, tdpo
 
 from tdpo_cli import algorithms
 from tdpo_cli.algorithms import ALGORITHMS
-from tdpo_cli.run_dir import RunDir
+from tdpo_cli.storage.run_dir import RunDir
 
 # a reward that fails as its file's first line says; calls are counted, one per epoch (4 samples, one micro-batch)
 REWARD = """
@@ -133,7 +133,7 @@ def test_a_broken_watched_score_is_a_null_mean_and_changes_nothing_else(tmp_path
 def test_a_sample_whose_log_probabilities_broke_is_left_out(tmp_path, monkeypatch):
     import dataclasses
 
-    from tdpo_cli import train as training
+    from tdpo_cli.train import train as training
 
     real, calls = training.rollout, []
 

@@ -8,9 +8,9 @@ import pytest
 import tiny
 from helpers import tdpo
 
-from tdpo_cli import stopping
-from tdpo_cli import train as training
-from tdpo_cli.run_dir import RunDir
+from tdpo_cli.machine import signals
+from tdpo_cli.storage.run_dir import RunDir
+from tdpo_cli.train import train as training
 
 STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
@@ -71,7 +71,7 @@ def test_a_signal_waits_for_the_block_and_handlers_come_back():
     seen = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append("delivered"))
     try:
-        with stopping.held():
+        with signals.held():
             send(signal.SIGTERM)
             seen.append("block done")
         assert seen == ["block done", "delivered"]
@@ -83,7 +83,7 @@ def test_a_signal_waits_for_the_block_and_handlers_come_back():
 
 def test_a_second_signal_does_not_wait():
     with pytest.raises(KeyboardInterrupt):
-        with stopping.held():
+        with signals.held():
             send(signal.SIGINT)
             send(signal.SIGINT)
             raise AssertionError("the second one should have been delivered")
@@ -91,7 +91,7 @@ def test_a_second_signal_does_not_wait():
 
 def test_an_error_in_the_block_is_not_hidden_by_a_signal():
     with pytest.raises(ZeroDivisionError):
-        with stopping.held():
+        with signals.held():
             send(signal.SIGINT)
             raise ZeroDivisionError
 
@@ -100,7 +100,7 @@ def test_other_threads_than_the_main_one_may_save_too():
     outcome = []
 
     def save():
-        with stopping.held():
+        with signals.held():
             outcome.append("saved")
 
     thread = threading.Thread(target=save)

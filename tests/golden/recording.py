@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tdpo_cli import preset as presets
-from tdpo_cli.critic import Critic
-from tdpo_cli.models.sd import StableDiffusion
-from tdpo_cli.preset import Preset
+from tdpo_cli.algorithms.critic import Critic
+from tdpo_cli.config import preset as presets
+from tdpo_cli.config.preset import Preset
+from tdpo_cli.models.families.sd import StableDiffusion
 from tdpo_cli.types import Trajectory
 
 KEPT = Path(__file__).parent.parent / "data" / "trace_a"  # the trace in the project, without its full states

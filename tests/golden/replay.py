@@ -9,16 +9,17 @@ import torch
 from recording import Trace, TraceRandomness, critic_parameters, flat
 from torch import Tensor
 
-from tdpo_cli import algorithms, kl
-from tdpo_cli import update as updates
-from tdpo_cli.critic import Critic
+from tdpo_cli import algorithms
+from tdpo_cli.algorithms import kl
+from tdpo_cli.algorithms.critic import Critic
+from tdpo_cli.machine.world import World
 from tdpo_cli.models import load as load_policy
 from tdpo_cli.randomness import shuffle_plan, unshuffled
 from tdpo_cli.rewards.backbones import Backbones
 from tdpo_cli.rewards.preprocess import normalise, resize_crop
-from tdpo_cli.rollout import rollout
-from tdpo_cli.scoring import score_images
-from tdpo_cli.world import World
+from tdpo_cli.rewards.scoring import score_images
+from tdpo_cli.train import update as updates
+from tdpo_cli.train.rollout import rollout
 
 
 @dataclass

@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 
 from tdpo_cli import rewards
-from tdpo_cli.rewards.backbones import Backbones, critic_encoder
+from tdpo_cli.rewards.backbones import Backbones
+from tdpo_cli.rewards.critic_encoder import critic_encoder
 from tdpo_cli.rewards.preprocess import letterbox, normalise, resize_crop
 
 SHARED = Path(os.environ.get("TDPO_SHARED") or Path(__file__).parents[2].parent / "shared")

@@ -10,17 +10,20 @@ import pytest
 import torch
 from helpers import make_preset, tdpo
 
-from tdpo_cli import models, moments, prompts, reset, train
-from tdpo_cli import preset as presets
+from tdpo_cli import models
+from tdpo_cli.algorithms import moments, reset
+from tdpo_cli.algorithms.critic import Critic
+from tdpo_cli.config import preset as presets
+from tdpo_cli.config import prompts
+from tdpo_cli.config.preset import Model, SettingError
 from tdpo_cli.console import Console
-from tdpo_cli.critic import Critic
-from tdpo_cli.job import build
-from tdpo_cli.memory import Plan
-from tdpo_cli.preset import Model, SettingError
+from tdpo_cli.machine.memory import Plan
+from tdpo_cli.machine.world import World
 from tdpo_cli.randomness import Randomness
-from tdpo_cli.rollout import rollout
-from tdpo_cli.update import make_optimizers
-from tdpo_cli.world import World
+from tdpo_cli.train import train
+from tdpo_cli.train.rollout import rollout
+from tdpo_cli.train.state import build
+from tdpo_cli.train.update import make_optimizers
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = str(ROOT / "tests/data/trace_a/model/pipeline")

@@ -6,7 +6,7 @@ import pytest
 from helpers import make_preset, tdpo
 
 from tdpo_cli import doctor
-from tdpo_cli.rewards import needed
+from tdpo_cli.rewards import required_files
 from tdpo_cli.sandbox import ZOO
 
 
@@ -45,14 +45,14 @@ def test_unknown_preset_is_refused():
 
 @pytest.mark.parametrize("reward", ["aesthetic", "pickscore", "hpsv2", "imagereward"])
 def test_sandbox_checkpoints_are_whole(reward):
-    assert all(file.path for file in needed.of_reward(reward, str(ZOO / reward)))
+    assert all(file.path for file in required_files.of_reward(reward, str(ZOO / reward)))
 
 
 def test_local_folder_names_where_its_files_belong(tmp_path):
     (tmp_path / "ImageReward.pt").touch()
-    files = needed.of_reward("imagereward", str(tmp_path))
+    files = required_files.of_reward("imagereward", str(tmp_path))
     assert [file.path is None for file in files] == [False, True, True]
-    assert needed.commands(files) == [
+    assert required_files.commands(files) == [
         f"hf download THUDM/ImageReward med_config.json --local-dir {tmp_path}",
         f"hf download google-bert/bert-base-uncased vocab.txt --local-dir {tmp_path}",
     ]

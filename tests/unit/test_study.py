@@ -55,7 +55,7 @@ def test_the_learning_rate_is_the_best_of_the_healthy_ones():
 
 
 def test_every_arm_is_a_preset_that_loads():
-    from tdpo_cli import preset as presets
+    from tdpo_cli.config import preset as presets
 
     for arm in (*arms.METHODS, *arms.VARIANTS):
         changes = arms.overrides(arm) | {"update.learning_rate": 1e-3}

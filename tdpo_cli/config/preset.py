@@ -1,0 +1,344 @@
+"""What a run is: every setting with its default, unit and range, read from sparse TOML and --set overrides.
+
+Presets state global numbers (samples per epoch, effective batch); how the work is cut up for a machine never changes
+the result. Standard library only, so that `--help` and `--dry-run` stay instant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import sys
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tdpo_cli.config.fields import SettingError, accepts_none, convert, knob, said, suggest, type_name
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pragma: no cover - the interpreter decides
+    import tomli as tomllib
+
+
+@dataclass(frozen=True)
+class Model:
+    base: str = knob("CompVis/stable-diffusion-v1-4", "diffusers folder, hub id, or `sandbox`")
+    revision: str | None = knob(None, "branch, tag or commit of a hub id")
+    start_from: str | None = knob(None, "checkpoint folder, run or LoRA file whose weights training starts from")
+    lora_rank: int = knob(4, "rank of the LoRA on to_q, to_k, to_v, to_out.0 of every attention; 0 trains the whole UNet", at_least=0)
+    dtype: Literal["fp32", "fp16", "bf16"] = knob("fp16", "of UNet, VAE and text encoder on a GPU; a CPU computes in fp32")
+    tf32: bool = knob(True, "allow TF32 matrix products on a GPU")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    prompts: str = knob("simple-animals", "training prompts: a built-in list, a .txt/.jsonl/.csv file")
+    eval_prompts: str | None = knob(None, "held-out prompts for cross-eval")
+    samples_per_epoch: int = knob(256, "images sampled and scored per epoch, over all processes", at_least=1, at_most=1_000_000)
+    steps: int = knob(50, "denoising steps per image", at_least=1, at_most=1000)
+    guidance_scale: float = knob(5.0, "classifier-free guidance; 1 or less is off", at_least=0)
+    eta: float = knob(1.0, "DDIM noise; a policy gradient needs some", above=0, at_most=1)
+    negative_prompt: str = knob("", "what the unconditional half of guidance sees")
+
+
+@dataclass(frozen=True)
+class Reward:
+    train: str = knob("aesthetic", "the reward that trains: a name, `module:function` or `file.py:function`")
+    watch: tuple[str, ...] = knob((), "rewards scored every epoch that never train")
+    zoo: Literal["sandbox"] | None = knob(None, "take reward checkpoints from an embedded set")
+    checkpoints: dict[str, str] = knob({}, "reward name -> local path or hub id")
+    normalise: Literal["per-prompt", "global", "none"] = knob("per-prompt", "statistics that standardise the training reward")
+    scale_only: bool = knob(False, "divide by the standard deviation without subtracting the mean")
+    buffer_size: int = knob(32, "per-prompt: how many recent rewards of a prompt are remembered", at_least=1)
+    min_count: int = knob(16, "per-prompt: with fewer, the statistics of the whole epoch are used", at_least=1)
+    clip_range: float = knob(0.0, "clip the normalised reward to +- this; 0 is off", at_least=0)
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    name: Literal["ddpo", "tdpo", "tdpo-r"] = knob("tdpo-r", "ddpo has no critic; tdpo-r is tdpo with neuron resets")
+    gamma: float = knob(1.0, "discount per denoising step", at_least=0, at_most=1)
+    advantage_norm: Literal["global", "per-prompt", "none"] = knob("global", "statistics that standardise the advantages (tdpo, tdpo-r)")
+    critic_coef: float = knob(1.0, "weight of the critic loss", at_least=0)
+    critic_dropout: bool = knob(True, "dropout 0.2, 0.2, 0.1 behind the critic's first three layers while it trains")
+    critic_activation: Literal["none", "relu"] = knob("none", "between the critic's layers; the published critic has none, so it is linear")
+    critic_steps: int = knob(1, "optimizer steps of the critic per optimizer step of the policy, on the same batch; 1 is published", at_least=1)
+    critic_init_std: float | None = knob(None, "standard deviation of the critic's initial and reset weights; default 1/(E+1)", above=0)
+    reset_every: int = knob(10, "tdpo-r: epochs between neuron resets", at_least=1)
+    reset_target: Literal["active", "dormant", "all", "none"] = knob("active", "tdpo-r: which neurons are re-initialised (dormant is ReDo)")
+    dormant_threshold: float = knob(0.0, "a neuron whose normalised activation is at most this counts as dormant", at_least=0)
+    extra_dormant_threshold: float | None = knob(None, "a second threshold, logged only", at_least=0)
+    neuron_rows: int = knob(64, "samples whose activations tell dormant neurons from active ones", at_least=1)
+    reference: bool = knob(False, "score every step under the initial policy too, to log the KL")
+    kl_penalty: Literal["kl", "abs", "square", "clip", "approx", "js"] = knob("clip", "estimator of the per-step KL penalty")
+    kl_penalty_coef: float = knob(0.0, "weight of the KL penalty, on top of the controller's beta; 0 is off", at_least=0)
+    init_kl_coef: float = knob(0.2, "initial (or fixed) beta of the KL controller", at_least=0)
+    kl_target: float | None = knob(
+        None, "mean KL that an adaptive controller steers to while kl_penalty_coef is above 0; without it beta is fixed", above=0
+    )
+    kl_horizon: int = knob(2000, "samples over which the adaptive controller acts", at_least=1)
+    update_mode: Literal["per-timestep", "all-timesteps"] = knob(
+        "per-timestep", "one optimizer step per batch and timestep slot, or (ddpo only) gradients accumulated over all timesteps"
+    )
+
+
+@dataclass(frozen=True)
+class Update:
+    batch_size: int = knob(128, "samples per optimizer step, over all processes; divides samples_per_epoch", at_least=1)
+    inner_epochs: int = knob(1, "passes over an epoch's samples", at_least=1)
+    learning_rate: float = knob(1e-4, "of the policy", above=0)
+    critic_learning_rate: float = knob(1e-4, "of the critic", above=0)
+    optimizer: Literal["adamw", "adamw-8bit"] = knob("adamw", "the policy's optimizer; 8-bit needs the extra `8bit`")
+    adam_beta1: float = knob(0.9, "both optimizers", at_least=0, below=1)
+    adam_beta2: float = knob(0.999, "both optimizers", at_least=0, below=1)
+    adam_weight_decay: float = knob(1e-4, "both optimizers, decoupled", at_least=0)
+    adam_epsilon: float = knob(1e-8, "both optimizers", above=0)
+    max_grad_norm: float = knob(1.0, "gradients of policy and critic are clipped to this norm, separately", above=0)
+    clip_range: float = knob(1e-4, "PPO clip of the ratio; log-probs are element means, so ratios stay near 1", above=0)
+    clip_range_critic: float = knob(0.2, "clip of the value around its old one; 0 is off", at_least=0)
+    timestep_fraction: float = knob(1.0, "share of the denoising steps that is trained on", above=0, at_most=1)
+    shuffle_samples: bool = knob(True, "visit samples in random order")
+    shuffle_timesteps: bool = knob(True, "visit each sample's steps in its own random order")
+    guidance: bool = knob(True, "train with the guidance of the rollout")
+
+
+@dataclass(frozen=True)
+class Run:
+    epochs: int = knob(100, "rollout + update cycles", at_least=1)
+    seed: int = knob(42, "of every random draw", at_least=0)
+    save_every: int = knob(1, "epochs between checkpoints", at_least=1)
+    keep_last: int | None = knob(None, "checkpoints kept; default all", at_least=1)
+    stop_on_overoptimisation: int | None = knob(
+        None, "stop once the verdict was `over-optimising` this many epochs in a row, keeping the best checkpoint; default never", at_least=1
+    )
+    preview_images: int = knob(4, "images of fixed prompts and noise per epoch", at_least=0)
+    trackers: tuple[str, ...] = knob((), "where every epoch is also sent: tensorboard, wandb (extras of the same names)")
+    micro_batch: int | None = knob(None, "samples per network call on one device; default from memory; never changes the result", at_least=1)
+    memory_limit: str | None = knob(
+        None, "bytes a process may use, as 12GB, or auto (what is free); it chooses how the work is cut up, never the result"
+    )
+    compile: bool = knob(False, "compile the UNet's transformer blocks (torch.compile): minutes at the start, faster afterwards on a GPU")
+    max_bad_steps: int = knob(10, "optimizer steps with a non-finite loss or gradient before the run stops", at_least=1)
+
+
+@dataclass(frozen=True)
+class Preset:
+    model: Model = dataclasses.field(default_factory=Model)
+    rollout: Rollout = dataclasses.field(default_factory=Rollout)
+    reward: Reward = dataclasses.field(default_factory=Reward)
+    algorithm: Algorithm = dataclasses.field(default_factory=Algorithm)
+    update: Update = dataclasses.field(default_factory=Update)
+    run: Run = dataclasses.field(default_factory=Run)
+
+    # --- what follows from the settings -------------------------------------------------------------------------------
+    @property
+    def rewards(self) -> tuple[str, ...]:
+        """The training reward first, then the watched ones."""
+        return (self.reward.train, *self.reward.watch)
+
+    @property
+    def has_critic(self) -> bool:
+        return self.algorithm.name != "ddpo"
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.algorithm.reference or self.algorithm.kl_penalty_coef > 0 or self.algorithm.kl_target is not None
+
+    @property
+    def trained_steps(self) -> int:
+        return int(self.rollout.steps * self.update.timestep_fraction)
+
+    @property
+    def updates_per_epoch(self) -> int:
+        slots = 1 if self.algorithm.update_mode == "all-timesteps" else self.trained_steps
+        return self.update.inner_epochs * slots * (self.rollout.samples_per_epoch // self.update.batch_size)
+
+    @property
+    def reward_queries(self) -> int:
+        """Calls of the training reward over the whole run."""
+        return self.rollout.samples_per_epoch * self.run.epochs
+
+    def as_dict(self) -> dict[str, Any]:
+        return json.loads(json.dumps(dataclasses.asdict(self)))  # tuples become lists, as in TOML and JSON
+
+    def digest(self) -> str:
+        """SHA-256 of the resolved preset; manifests carry it."""
+        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
+
+
+TRACKERS = ("tensorboard", "wandb")
+SECTIONS: dict[str, type] = {
+    "model": Model, "rollout": Rollout, "reward": Reward, "algorithm": Algorithm, "update": Update, "run": Run,
+}  # fmt: skip
+
+
+# --- finding and reading --------------------------------------------------------------------------------------------------
+def folder() -> Path:
+    """Where the shipped presets lie: inside the installed package, or at the top of a source tree."""
+    package = Path(__file__).parent.parent
+    inside = package / "presets"
+    return inside if inside.is_dir() else package.parent / "presets"
+
+
+def names() -> list[str]:
+    return sorted(path.stem for path in folder().glob("*.toml"))
+
+
+def locate(name_or_path: str) -> Path:
+    path = Path(name_or_path)
+    if path.suffix in (".toml", ".json"):
+        if not path.is_file():
+            raise SettingError(f"{path}: no such preset file.")
+        return path
+    if name_or_path in names():
+        return folder() / f"{name_or_path}.toml"
+    raise SettingError(f"unknown preset {name_or_path!r}.{suggest(name_or_path, names())} `tdpo presets` lists them.")
+
+
+def load(name_or_path: str, overrides: Sequence[tuple[str, Any]] = ()) -> Preset:
+    """The preset of that name or file (.toml, or a run's preset.json), `("section.key", value)` overrides on top, checked. Raises SettingError."""
+    path = locate(name_or_path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # of TOML, JSON and UTF-8; nested beyond all limits
+        raise SettingError(f"{path}: not a valid preset file: {error}") from None
+    except OSError as error:
+        raise SettingError(f"{path}: cannot be read: {error.strerror}") from None
+    if not isinstance(table, dict):
+        raise SettingError(f"{path}: expected sections, got {said(table)}.")
+    preset = from_dict(table, where=path.name)
+    return override(preset, overrides)
+
+
+def from_dict(table: Mapping[str, Any], where: str) -> Preset:
+    sections = {}
+    for section, keys in table.items():
+        if section not in SECTIONS:
+            raise SettingError(f"{where}: unknown section [{section}].{suggest(section, SECTIONS)}")
+        if not isinstance(keys, Mapping):
+            raise SettingError(f"{where}: [{section}] must be a table of keys, not {said(keys)}.")
+        sections[section] = _section(section, keys, where)
+    return check(Preset(**sections), where)
+
+
+def override(preset: Preset, overrides: Sequence[tuple[str, Any]], where: str = "--set") -> Preset:
+    """A copy with `("section.key", value)` pairs applied and checked; `reward.checkpoints.NAME` reaches into the table."""
+    table = preset.as_dict()
+    for key, value in overrides:
+        section, _, name = key.partition(".")
+        if section not in SECTIONS or not name:
+            known = [f"{s}.{f.name}" for s, cls in SECTIONS.items() for f in dataclasses.fields(cls)]
+            raise SettingError(f"{where}: unknown key {key}.{suggest(key, known)}")
+        name, _, entry = name.partition(".")
+        if entry and section == "reward" and name == "checkpoints":
+            table[section][name][entry] = value
+        else:
+            table[section][name + (f".{entry}" if entry else "")] = value
+    return from_dict(table, where)
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`section.key=value`; the value is TOML, a bare word counts as a string, `none` as no value."""
+    key, equals, raw = text.partition("=")
+    if not equals:
+        raise SettingError(f"--set {text}: expected section.key=value.")
+    raw = raw.strip()
+    if raw.lower() == "none":
+        # "none" is also a choice of some keys; the type of the key decides
+        return key.strip(), None if _is_optional(key.strip()) else "none"
+    try:
+        return key.strip(), tomllib.loads(f"value = {raw}")["value"]
+    except (ValueError, RecursionError):  # no TOML, or a number or a nesting beyond all limits
+        return key.strip(), raw
+
+
+def differences(old: Preset, new: Preset) -> list[tuple[str, Any, Any]]:
+    """(section.key, old value, new value) wherever two presets differ."""
+    before, after = old.as_dict(), new.as_dict()
+    return [
+        (f"{section}.{key}", value, after[section][key])
+        for section, keys in before.items()
+        for key, value in keys.items()
+        if value != after[section][key]
+    ]
+
+
+def as_toml(preset: Preset) -> str:
+    """Every setting, as a preset file would say it; what is not set stands in a comment."""
+    lines = []
+    for section, keys in preset.as_dict().items():
+        lines.append(f"[{section}]")
+        for key, value in keys.items():
+            if isinstance(value, dict):
+                inner = ", ".join(f"{json.dumps(k)} = {json.dumps(v)}" for k, v in value.items())
+                lines.append(f"{key} = {{{inner}}}")
+            else:
+                lines.append(f"# {key}: not set" if value is None else f"{key} = {json.dumps(value)}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def describe() -> Iterator[tuple[str, str, Any, str]]:
+    """(section.key, type, default, meaning) of every setting, in order."""
+    for section, cls in SECTIONS.items():
+        hints = typing.get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+            yield f"{section}.{field.name}", type_name(hints[field.name]), default, field.metadata["doc"]
+
+
+# --- checking ---------------------------------------------------------------------------------------------------------------
+def check(preset: Preset, where: str) -> Preset:
+    """Settings that must fit each other. Raises SettingError; returns the preset."""
+    samples, batch = preset.rollout.samples_per_epoch, preset.update.batch_size
+    if samples % batch:
+        fits = [n for n in range(1, samples + 1) if samples % n == 0]
+        nearest = sorted(sorted(fits, key=lambda n: abs(n - batch))[:4])
+        raise SettingError(
+            f"{where}: update.batch_size {batch} does not divide rollout.samples_per_epoch {samples}. These would: {', '.join(map(str, nearest))}."
+        )
+    if preset.trained_steps < 1:
+        raise SettingError(
+            f"{where}: update.timestep_fraction {preset.update.timestep_fraction} of {preset.rollout.steps} steps is no step at all. "
+            f"Use at least {math.ceil(10_000 / preset.rollout.steps) / 10_000:g}."  # rounded up: 49 x (1/49) is below 1
+        )
+    if preset.algorithm.update_mode == "all-timesteps" and preset.has_critic:
+        raise SettingError(
+            f"{where}: algorithm.update_mode all-timesteps is DDPO's; {preset.algorithm.name} takes one optimizer step per timestep "
+            "slot. Use algorithm.name=ddpo or update_mode=per-timestep."
+        )
+    for tracker in preset.run.trackers:
+        if tracker not in TRACKERS:
+            raise SettingError(f"{where}: run.trackers: unknown tracker {tracker!r}.{suggest(tracker, TRACKERS)} Known: {', '.join(TRACKERS)}.")
+    if preset.reward.min_count > preset.reward.buffer_size:
+        raise SettingError(
+            f"{where}: reward.min_count {preset.reward.min_count} is never reached with reward.buffer_size {preset.reward.buffer_size}."
+        )
+    twice = {name for name in preset.rewards if preset.rewards.count(name) > 1}
+    if twice:
+        raise SettingError(f"{where}: reward {min(twice)!r} is named twice in reward.train and reward.watch.")
+    return preset
+
+
+def _section(section: str, keys: Mapping[str, Any], where: str) -> Any:
+    cls = SECTIONS[section]
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    values = {}
+    for name, value in keys.items():
+        if name not in fields:
+            hint = suggest(name, fields, prefix=f"{section}.")
+            raise SettingError(f"{where}: unknown key {section}.{name}.{hint}")
+        values[name] = convert(value, hints[name], fields[name].metadata, f"{where}: {section}.{name}")
+    return cls(**values)
+
+
+def _is_optional(key: str) -> bool:
+    section, _, name = key.partition(".")
+    return section in SECTIONS and accepts_none(typing.get_type_hints(SECTIONS[section]).get(name))

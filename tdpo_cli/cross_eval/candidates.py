@@ -1,0 +1,211 @@
+"""What a cross-evaluation compares: base models, every checkpoint of runs, LoRA files; with the prompts and rewards they share."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tdpo_cli import rewards
+from tdpo_cli.config import preset, prompts
+from tdpo_cli.config.preset import Preset
+from tdpo_cli.errors import RequestError
+from tdpo_cli.models import adapter, checkpoints
+from tdpo_cli.models.checkpoints import Source
+from tdpo_cli.rewards import scoring
+from tdpo_cli.storage.run_dir import RunDir, epoch_name, epochs_in, hash_file
+
+ALL = tuple(scoring.ZOO_FOLDERS)  # the four learned rewards
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Everything that decides which image a prompt and its noise become."""
+
+    base: str
+    revision: str | None
+    dtype: str
+    start_from: str | None  # None is the base model itself
+    steps: int
+    guidance_scale: float
+    eta: float
+    negative_prompt: str
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model to evaluate. `group` holds the checkpoints of one run together, or is the name of a checkpoint without a run."""
+
+    name: str
+    base: str | None  # the name of the base model it is compared with; None for a base model
+    run: str | None
+    epoch: int | None
+    group: str | None
+    algorithm: str | None
+    trained_reward: str | None
+    reward_queries: int | None
+    updates: int | None
+    sampling: Sampling
+    sha256: dict[str, str]  # weights file -> hash
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What one argument names, before it has a name."""
+
+    source: Source
+    base: Sampling
+    place: Path | None  # of the run, or of the weights; None for a base model and for a hub id
+    run: RunDir | None = None
+    epoch: int | None = None
+
+
+def find(
+    arguments: Sequence[str], preset_name: str | None, overrides: Sequence[tuple[str, Any]], epochs: Sequence[int]
+) -> tuple[list[Model], list[Preset]]:
+    """Base models first, then every checkpoint, run by run, by epoch; and the presets that say how. Raises RequestError."""
+    found: list[_Found] = []
+    for argument in arguments:
+        found += _of(argument, preset_name, overrides, epochs)
+    found = list({(one.source.preset.model.start_from or one.source.preset.model.base, one.place): one for one in found}.values())  # named twice
+    bases = list(dict.fromkeys(one.base for one in found))
+    base_name = {base: "base" if number == 0 else f"base-{number + 1}" for number, base in enumerate(bases)}
+    models = [Model(base_name[base], None, None, None, None, None, None, 0, 0, base, {}) for base in bases]
+    names = _names([one.place for one in found if one.place], taken=set(base_name.values()))
+    groups: dict[str, list[Model]] = {}
+    for one in found:
+        if one.place is not None or one.source.name != "base":
+            group = names[one.place] if one.place else one.source.name
+            groups.setdefault(group, []).append(_model(one, group, base_name[one.base]))
+    for group in groups.values():
+        models += sorted(group, key=lambda model: -1 if model.epoch is None else model.epoch)
+    return models, [one.source.preset for one in found]
+
+
+def _of(argument: str, preset_name: str | None, overrides: Sequence[tuple[str, Any]], epochs: Sequence[int]) -> list[_Found]:
+    path = Path(argument)
+    run = RunDir(path)
+    if run.holds_a_run:
+        folders = [run.checkpoint(epoch) for epoch in epochs] or epochs_in(path / "checkpoints") or [run.checkpoint()]
+        return [_of_run(run, folder, preset_name, overrides) for folder in folders]
+    if epochs:
+        raise RequestError(f"--epoch chooses checkpoints of run folders, and {argument} is none.")
+    if (path / "manifest.json").is_file() and RunDir(path.parent.parent).holds_a_run:
+        return [_of_run(RunDir(path.parent.parent), path, preset_name, overrides)]
+    source = checkpoints.find(argument, preset_name, overrides)
+    if source.preset.model.start_from is None and argument != "base":  # a whole model: compared with the preset's base model
+        base = sampling(checkpoints.find("base", preset_name, overrides).preset)
+        return [_Found(source, base, path.resolve() if path.exists() else None)]
+    place = None if argument == "base" else path.resolve()
+    return [_Found(source, replace(sampling(source.preset), start_from=None), place)]
+
+
+def _of_run(run: RunDir, folder: Path, preset_name: str | None, overrides: Sequence[tuple[str, Any]]) -> _Found:
+    source = checkpoints.find(str(folder), preset_name, overrides)
+    base = replace(sampling(source.preset), start_from=None)
+    return _Found(source, base, run.path.resolve(), run, int(folder.name.removeprefix("epoch_")))
+
+
+def sampling(settings: Preset) -> Sampling:
+    model, rollout = settings.model, settings.rollout
+    weights = None if model.start_from is None else str(Path(model.start_from).resolve())
+    return Sampling(model.base, model.revision, model.dtype, weights, rollout.steps, rollout.guidance_scale, rollout.eta, rollout.negative_prompt)
+
+
+def network(sampling: Sampling) -> preset.Model:
+    """The model section that `models.load` understands."""
+    return preset.Model(base=sampling.base, revision=sampling.revision, start_from=sampling.start_from, dtype=sampling.dtype)
+
+
+def _model(one: _Found, group: str, base: str) -> Model:
+    how = sampling(one.source.preset)
+    if how.start_from is not None and not (Path(how.start_from) / "unet").is_dir():
+        adapter.check(adapter.find(Path(how.start_from)))
+    digests = hashes(how.start_from)
+    if one.run is None:
+        return Model(group, base, None, None, group, None, None, None, None, how, digests)
+    own = one.run.read_preset()
+    row = next((row for row in one.run.read_metrics() if row["epoch"] == one.epoch), {})
+    counts = {"reward_queries": own.rollout.samples_per_epoch, "updates": own.updates_per_epoch}  # per epoch, where the row is lost
+    counts = {name: row.get(name, per_epoch * (one.epoch + 1)) for name, per_epoch in counts.items()}
+    name = f"{group}/{epoch_name(one.epoch)}"
+    return Model(name, base, group, one.epoch, group, own.algorithm.name, own.reward.train, **counts, sampling=how, sha256=digests)
+
+
+def hashes(weights: str | None) -> dict[str, str]:
+    """SHA-256 of the weights files: as the manifest beside them says, else computed. Raises RequestError."""
+    if weights is None:
+        return {}
+    path = Path(weights)
+    try:
+        if path.is_file():
+            return {path.name: hash_file(path)}
+        if (path / "manifest.json").is_file():
+            listed = json.loads((path / "manifest.json").read_text())["files"]
+            return {name: digest for name, digest in listed.items() if name.endswith(".safetensors") and name != "critic.safetensors"}
+        files = sorted(file for file in path.rglob("*.safetensors") if file.name != "critic.safetensors")
+        return {str(file.relative_to(path)): hash_file(file) for file in files}
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise RequestError(f"{path}: cannot be read: {error}") from None
+
+
+def _names(places: Sequence[Path], taken: set[str]) -> dict[Path, str]:
+    """Every place's shortest end of its path that no other one shares, and a number where even that is taken."""
+    shown = {place: _shown(place).parts for place in places}
+    names: dict[Path, str] = {}
+    for place, parts in shown.items():
+        others = [other for other in shown.values() if other != parts]
+        lengths = [n for n in range(1, len(parts)) if parts[-n:] not in [other[-n:] for other in others] and "/".join(parts[-n:]) not in taken]
+        name = "/".join(parts[-lengths[0] :] if lengths else parts[1:])
+        numbered = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
+        names[place] = next(one for one in numbered if one not in taken)
+        taken = taken | {names[place]}
+    return names
+
+
+def _shown(place: Path) -> Path:
+    """What a place is called: a LoRA file under the usual name like its folder, other files without their suffix."""
+    if place.name == adapter.FILE:
+        return place.parent
+    return place.with_suffix("") if place.suffix == ".safetensors" else place
+
+
+# --- what they share ------------------------------------------------------------------------------------------------------
+def shared_prompts(given: str | None, presets: Sequence[Preset]) -> tuple[str, list[str]]:
+    """Where the prompts come from, and they. Raises RequestError."""
+    sources = [given] if given else list(dict.fromkeys(one.rollout.eval_prompts for one in presets))
+    if len(sources) > 1:
+        raise RequestError(f"the runs name different rollout.eval_prompts ({', '.join(map(str, sources))}); say which with --prompts FILE.")
+    if sources[0] is None:
+        raise RequestError("rollout.eval_prompts is not set; give held-out prompts with --prompts FILE.")
+    return sources[0], prompts.load(sources[0])
+
+
+def shared_rewards(wanted: str, presets: Sequence[Preset]) -> dict[str, str | None]:
+    """Reward -> checkpoint (None: the published one). Raises RequestError for unknown names and checkpoints that differ."""
+    paths = [scoring.checkpoints(one.reward.zoo, one.reward.checkpoints) for one in presets]
+    names: list[str] = []
+    for word in (word.strip() for word in wanted.split(",")):
+        if word == "all":
+            names += [name for one in presets for name in one.rewards]
+            names += [name for name in ALL if any(name in known for known in paths)]
+        elif word:
+            names.append(word)
+    if not names:
+        raise RequestError(f"--rewards {wanted!r}: no reward named; expected all, or some of {', '.join(rewards.names())}.")
+    chosen = {}
+    for name in dict.fromkeys(names):
+        rewards.check_name(name)
+        known = list(dict.fromkeys(_resolved(paths_of_one.get(name)) for paths_of_one in paths))
+        if len(known) > 1:
+            shown = " and ".join(path or "the published checkpoint" for path in known)
+            raise RequestError(f"the runs score {name} with different checkpoints ({shown}); say which with --checkpoint {name}=PATH.")
+        chosen[name] = known[0]
+    return chosen
+
+
+def _resolved(path: str | None) -> str | None:
+    return str(Path(path).expanduser().resolve()) if path is not None and Path(path).expanduser().exists() else path

@@ -1,0 +1,165 @@
+"""How many bytes a run holds at a time, counted from its networks' configs. Standard library only: `--dry-run` imports no torch.
+
+Every factor below was counted, not guessed: tensors saved for the backward pass, and tensors alive at the peak of a call,
+of diffusers' networks at several widths and sizes (tests/unit/machine/test_memory.py counts them again). Where the base model is
+not on this disk, Stable Diffusion 1.x at 512 pixels is assumed.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tdpo_cli.config.preset import Preset
+
+GiB = 1024**3
+SD1_PARAMETERS = {"unet": 860e6, "vae": 84e6, "text_encoder": 123e6}
+SD1_UNET = {
+    "sample_size": 64, "in_channels": 4, "block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+}  # fmt: skip
+SD1_VAE = {"block_out_channels": (128, 256, 512, 512)}
+ADAPTER_PER_RANK = 199_296  # LoRA parameters of Stable Diffusion 1.x per rank: 797,184 at rank 4
+SCORER_BYTES = {"aesthetic": 1.71e9, "pickscore": 3.94e9, "hpsv2": 3.94e9, "hpsv2.1": 3.94e9, "imagereward": 1.79e9}  # fp32
+SCORER_IMAGE_BYTES = 25e6  # activations of one image in a ViT-L or ViT-H, fp32
+CRITIC_BYTES = 4 * 4 * 1.2e6  # weights, gradients and Adam's two moments
+LIBRARIES = 0.83 * GiB  # a process with its libraries loaded, before any network (docs/performance.md)
+CPU_COPIES = 2.0  # on a CPU: oneDNN's reordered copies and the allocator's gaps, measured there too
+CUDA_CONTEXT = 0.6 * GiB  # kernels and the libraries' workspaces on a GPU
+
+# kept for the backward pass, per element of a feature map, in numbers of the compute type
+RESNET, TRANSFORMER = 2.57, 28.4
+RESNET_CHECKPOINTED, TRANSFORMER_CHECKPOINTED = 0.97, 4.0
+# ... and what a half-precision network adds for LoRA's fp32 inputs, in bytes per element of a transformer block
+LORA_CAST = 20.0
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What the phases of an epoch need to know of a base model. Elements are of one image, without guidance."""
+
+    parameters: dict[str, float]
+    latent_elements: int
+    resnet_elements: int  # inputs and outputs of all ResNet blocks
+    transformer_elements: int  # hidden states of all transformer blocks
+    largest_block: int  # of the largest transformer or ResNet block's
+    skip_elements: int  # what the decoder half waits for
+    pixels: int
+    vae_channels: int  # at full resolution
+    embedded: bool  # a small model on this disk, with small scorers
+
+
+def networks(preset: Preset) -> Networks:
+    """The preset's base model, read from its configs; Stable Diffusion 1.x where they are not on this disk."""
+    base = Path(__file__).parent.parent / "sandbox/zoo/pipeline" if preset.model.base == "sandbox" else Path(preset.model.base)
+    unet, vae, parameters = SD1_UNET, SD1_VAE, dict(SD1_PARAMETERS)
+    if (base / "unet" / "config.json").is_file():
+        unet = {**SD1_UNET, **_read(base / "unet" / "config.json")}
+        vae = {**SD1_VAE, **(_read(base / "vae" / "config.json") if (base / "vae" / "config.json").is_file() else {})}
+        for part in parameters:
+            stored = sum(file.stat().st_size for file in (base / part).glob("*.safetensors"))
+            parameters[part] = stored / 2 if stored else parameters[part]  # fp16 files
+    return counted(unet, vae, parameters)
+
+
+def counted(unet: dict[str, Any], vae: dict[str, Any], parameters: dict[str, float]) -> Networks:
+    """Walk the U as diffusers builds it: ResNets level by level down, the middle, and up with the skips."""
+    side = unet["sample_size"]
+    height, width = side if isinstance(side, (list, tuple)) else (side, side)
+    channels, layers, area = list(unet["block_out_channels"]), unet["layers_per_block"], height * width
+    layers = layers if isinstance(layers, int) else max(layers)
+    resnet = transformer = largest = 0
+    before, skips, held = channels[0], [channels[0]], channels[0] * area
+
+    def block(entering: int, leaving: int, attends: bool) -> None:
+        nonlocal resnet, transformer, largest
+        resnet += (entering + leaving) * area
+        transformer += leaving * area if attends else 0
+        largest = max(largest, leaving * area if attends else 0)
+
+    for level, (width_, kind) in enumerate(zip(channels, unet["down_block_types"], strict=True)):
+        for _ in range(layers):
+            block(before, width_, "CrossAttn" in kind)
+            before = width_
+            skips.append(width_)
+            held += width_ * area
+        if level < len(channels) - 1:
+            area //= 4
+            skips.append(width_)
+            held += width_ * area
+    block(before, before, True)
+    block(before, before, False)
+    for level, (width_, kind) in enumerate(zip(reversed(channels), unet["up_block_types"], strict=True)):
+        for _ in range(layers + 1):
+            block(before + skips.pop(), width_, "CrossAttn" in kind)
+            before = width_
+        if level < len(channels) - 1:
+            area *= 4
+    vae_channels = list(vae["block_out_channels"])
+    scale = 2 ** (len(vae_channels) - 1)
+    return Networks(
+        parameters=parameters,
+        latent_elements=unet["in_channels"] * height * width,
+        resnet_elements=resnet,
+        transformer_elements=transformer,
+        largest_block=max(21 * largest, 8 * channels[0] * height * width),
+        skip_elements=held,
+        pixels=height * width * scale**2,
+        vae_channels=vae_channels[min(1, len(vae_channels) - 1)],
+        embedded=sum(parameters.values()) < 50e6,
+    )
+
+
+# --- one call ---------------------------------------------------------------------------------------------------------
+def backward_bytes(nets: Networks, size: int, checkpointing: bool) -> float:
+    """What one image's UNet call keeps for its backward pass, without guidance; `size` bytes per number."""
+    cast = LORA_CAST if size < 4 else 0.0
+    if not checkpointing:
+        return nets.resnet_elements * RESNET * size + nets.transformer_elements * (TRANSFORMER * size + cast)
+    kept = nets.resnet_elements * RESNET_CHECKPOINTED * size + nets.transformer_elements * TRANSFORMER_CHECKPOINTED * size
+    return kept + nets.largest_block / 21 * (TRANSFORMER * size + cast)  # one block is computed again at a time
+
+
+def forward_bytes(nets: Networks, size: int) -> float:
+    """Alive at the peak of one image's UNet call that keeps nothing."""
+    return (nets.skip_elements + nets.largest_block) * size
+
+
+def decode_bytes(nets: Networks, size: int) -> float:
+    """Alive at the peak of decoding one image: three maps of the last level's input width at full resolution, and the picture."""
+    return nets.pixels * (3 * nets.vae_channels * size + 2 * 3 * 4)
+
+
+def trajectory_bytes(preset: Preset, nets: Networks, processes: int) -> float:
+    """Every latent once in fp32, and a critic's embedding per step, of this process' samples. (Several gather all in main memory.)"""
+    samples = -(-preset.rollout.samples_per_epoch // processes)
+    width = 64 if nets.embedded else 1024
+    return samples * ((preset.rollout.steps + 1) * nets.latent_elements * 4 + preset.rollout.steps * width * 4 * preset.has_critic)
+
+
+def scorer_bytes(preset: Preset, nets: Networks) -> float:
+    return 4 * sum(nets.parameters.values()) if nets.embedded else sum(SCORER_BYTES.get(name, 0) for name in preset.rewards)
+
+
+def largest_scorers(preset: Preset, nets: Networks) -> tuple[float, float]:
+    """(the critic's encoder, the largest reward), where one at a time is on the device."""
+    if nets.embedded:
+        return scorer_bytes(preset, nets), scorer_bytes(preset, nets)
+    eye = preset.reward.train if preset.reward.train in ("pickscore", "hpsv2", "hpsv2.1") else "aesthetic"
+    return SCORER_BYTES[eye] * preset.has_critic, max(SCORER_BYTES.get(name, 0) for name in preset.rewards)
+
+
+def weight_bytes(preset: Preset, nets: Networks, size: int) -> float:
+    """Networks, and fp32 weights that train with their gradients and Adam's two moments."""
+    whole = sum(nets.parameters.values())
+    if preset.model.lora_rank == 0:
+        reference = nets.parameters["unet"] * size if preset.needs_reference else 0
+        return (whole - nets.parameters["unet"]) * size + nets.parameters["unet"] * 16 + reference + CRITIC_BYTES
+    adapter = ADAPTER_PER_RANK * preset.model.lora_rank * min(1.0, nets.parameters["unet"] / SD1_PARAMETERS["unet"] * 20)
+    return whole * size + adapter * 16 + CRITIC_BYTES
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return {key: value for key, value in json.loads(path.read_text(encoding="utf-8")).items() if not key.startswith("_")}

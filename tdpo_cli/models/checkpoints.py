@@ -1,0 +1,64 @@
+"""What a CHECKPOINT argument names: a checkpoint folder, a run, LoRA weights, `base`, a diffusers folder or a hub id."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tdpo_cli.config import preset as presets
+from tdpo_cli.config.preset import Preset
+from tdpo_cli.errors import RequestError
+from tdpo_cli.models.adapter import FILE as LORA_FILE
+from tdpo_cli.storage.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to sample from: the preset says how, its `model` section says of what."""
+
+    preset: Preset  # model.base and model.start_from name the weights
+    name: str  # for folder names and titles
+
+
+def find(argument: str, preset: str | None, overrides: Sequence[tuple[str, Any]], epoch: int | None = None) -> Source:
+    """Where the argument's weights lie and with which settings to sample them. Raises RequestError."""
+    path = Path(argument)
+    if epoch is not None and not RunDir(path).holds_a_run:
+        raise RequestError(f"--epoch chooses a checkpoint of a run folder, and {argument} is none.")
+    if argument == "base":
+        return Source(_settings(preset, overrides), "base")
+    if RunDir(path).holds_a_run:
+        return _of_run(RunDir(path), RunDir(path).checkpoint(epoch), preset, overrides)
+    if (path / "manifest.json").is_file() and RunDir(path.parent.parent).holds_a_run:
+        return _of_run(RunDir(path.parent.parent), path, preset, overrides)
+    if (path / "model_index.json").is_file():
+        return Source(_with_base(_settings(preset, overrides), argument), path.resolve().name)
+    if path.exists():
+        return _weights(path, _settings(preset, overrides), path.stem)
+    if argument.count("/") == 1 and not argument.startswith((".", "/", "~")):
+        return Source(_with_base(_settings(preset, overrides), argument), argument.replace("/", "--"))
+    raise RequestError(f"{argument}: no such checkpoint, run or model folder (and not a hub id, owner/name).")
+
+
+def _of_run(run: RunDir, folder: Path, preset: str | None, overrides: Sequence[tuple[str, Any]]) -> Source:
+    settings = presets.load(preset, overrides) if preset else presets.override(run.read_preset(), overrides)
+    return _weights(folder, settings, f"{run.path.resolve().name}-{folder.name}")
+
+
+def _weights(path: Path, settings: Preset, name: str) -> Source:
+    """LoRA weights on the base model, or a whole UNet in place of the base model's."""
+    if path.is_file() or (path / LORA_FILE).is_file() or any(path.glob("*.safetensors")):
+        return Source(replace(settings, model=replace(settings.model, start_from=str(path))), name)
+    if (path / "unet" / "config.json").is_file():
+        return Source(replace(settings, model=replace(settings.model, start_from=str(path), lora_rank=0)), name)
+    raise RequestError(f"{path}: neither LoRA weights ({LORA_FILE}) nor a unet/ nor a run nor a diffusers model there.")
+
+
+def _settings(preset: str | None, overrides: Sequence[tuple[str, Any]]) -> Preset:
+    return presets.load(preset or "quickstart", overrides)
+
+
+def _with_base(settings: Preset, base: str) -> Preset:
+    return replace(settings, model=replace(settings.model, base=base, start_from=None))

@@ -1,0 +1,1 @@
+"""Schedules and the Gaussian step of each kind of diffusion."""

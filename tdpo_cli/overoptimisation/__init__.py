@@ -1,0 +1,1 @@
+"""Better, or only a higher reward: statistics and verdicts."""

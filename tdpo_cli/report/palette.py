@@ -1,0 +1,29 @@
+"""How rewards and verdicts look on every page: a colour each, the truth dashed, the sentence that judges a run in a box."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tdpo_cli.report.charts import OTHERS
+from tdpo_cli.report.html import escape
+
+TRUE_REWARD = "gold"  # the sandbox's: it is shown, and judges nothing
+TRUE_NOTE = "true reward, never read by the verdict"
+# kind of verdict -> class of page.css
+MOODS = {"over-optimising": "bad", "declining": "bad", "doubtful": "early", "stalled": "early", "improving": "good"}
+
+
+def looks(rewards: Sequence[str], trained: str | None) -> dict[str, str]:
+    """Reward -> class of page.css, the same in every chart of a page."""
+    others = [name for name in rewards if name not in (trained, TRUE_REWARD)]
+    known = {name: OTHERS[i % len(OTHERS)] for i, name in enumerate(others)} | {TRUE_REWARD: "gold", trained: "trained"}
+    return {name: known[name] for name in rewards}
+
+
+def role(name: str, trained: str | None) -> str:
+    """What stands behind a reward's name in a legend."""
+    return ", ".join([*(["trained"] if name == trained else []), *([TRUE_NOTE] if name == TRUE_REWARD else [])])
+
+
+def verdict_box(sentence: str, kind: str) -> str:
+    return f'<p class="verdict {MOODS.get(kind, "")}">{escape(sentence)}</p>'

@@ -1,0 +1,1 @@
+"""`tdpo score`: reward models on a folder of images."""

@@ -1,0 +1,232 @@
+"""Score chunks of an image folder, in this process or in several, one device each, with the same result."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tdpo_cli import rewards
+from tdpo_cli.errors import RequestError, WorkError
+from tdpo_cli.rewards import scoring
+from tdpo_cli.rewards.backbones import Backbones
+from tdpo_cli.score.captions import Item
+from tdpo_cli.score.images import UnreadableImage, read_ahead
+from tdpo_cli.score.score_file import Row
+
+PENDING_BYTES = 256e6  # of decoded images that wait for others of their size
+PIXELS_A_CALL = 16e6  # images of one call together: 200 MB as float32
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+Problem = tuple[str, str]  # image, what is wrong
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every process needs to know."""
+
+    folder: Path
+    rewards: tuple[str, ...]
+    checkpoints: Mapping[str, str]
+    variant: str
+    dtype: str
+    devices: tuple[str, ...]  # one process each
+    batch_size: int
+
+    @property
+    def chunk(self) -> int:
+        """Images that are scored together. Fixed by position, so that batches do not depend on who scores them or on interruptions."""
+        return 4 * self.batch_size
+
+
+# --- one process --------------------------------------------------------------------------------------------------------
+class Scorer:
+    """The rewards of a piece of work on one device."""
+
+    def __init__(self, work: Work, device: str):
+        self.work, self.device = work, torch.device(device)
+        self.threads = max(1, min(8, (os.cpu_count() or 1) // len(work.devices)))
+        self.rewards = scoring.load_rewards(work.rewards, Backbones(self.device, DTYPES[work.dtype]), work.checkpoints, work.variant)
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        return {name: reward.describe() for name, reward in self.rewards.items()}
+
+    def score(self, items: Sequence[Item], advance: Callable[[int], None] = lambda n: None) -> tuple[list[Row], list[Problem]]:
+        """One row per item, in order, None where there is no score; and why. Raises WorkError, RequestError."""
+        rows: list[Row] = [{"image": item.name, "prompt": item.prompt, **dict.fromkeys(self.work.rewards)} for item in items]
+        problems: list[Problem] = []
+        buckets: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}  # by size: one call needs images of one size
+        waiting = 0
+
+        def flush(size: tuple[int, ...]) -> int:
+            bucket = buckets.pop(size)
+            problems.extend(self._score(rows, bucket))
+            advance(len(bucket))
+            return sum(pixels.nbytes for _, pixels in bucket)
+
+        with contextlib.closing(read_ahead([self.work.folder / item.name for item in items], self.threads)) as stream:
+            for index, pixels in enumerate(stream):
+                if isinstance(pixels, UnreadableImage):
+                    problems.append((items[index].name, f"cannot be read: {pixels}"))
+                    advance(1)
+                    continue
+                size = tuple(pixels.shape[1:])
+                buckets.setdefault(size, []).append((index, pixels))
+                waiting += pixels.nbytes
+                if len(buckets[size]) >= max(1, min(self.work.batch_size, PIXELS_A_CALL // math.prod(size))):
+                    waiting -= flush(size)
+                elif waiting > PENDING_BYTES:
+                    waiting -= sum(flush(one) for one in list(buckets))
+        for size in list(buckets):
+            flush(size)
+        return rows, problems
+
+    def _score(self, rows: list[Row], batch: Sequence[tuple[int, Tensor]]) -> Iterator[Problem]:
+        """Fill the rows of a batch."""
+        mine = [rows[index] for index, _ in batch]
+        images = torch.stack([pixels for _, pixels in batch]).to(self.device).float().div_(255)
+        prompts = [row["prompt"] or "" for row in mine]
+        for name, reward in self.rewards.items():
+            for row, score in zip(mine, self._scores(name, reward, images, prompts, mine), strict=True):
+                if math.isfinite(score):
+                    row[name] = float(str(np.float32(score)))  # the shortest digits that mean this float32
+                else:
+                    yield row["image"], f"{name} gave {score}"
+
+    def _scores(self, name: str, reward: rewards.Reward, images: Tensor, prompts: list[str], rows: list[Row]) -> list[float]:
+        try:
+            return scoring.score_images({name: reward}, images, prompts, len(images))[name].tolist()
+        except RequestError:
+            raise
+        except torch.OutOfMemoryError as error:
+            if len(images) == 1:
+                raise WorkError(f"{rows[0]['image']}: {name} does not fit into the memory of {self.device}: {error}") from None
+            half = len(images) // 2
+            parts = (slice(None, half), slice(half, None))
+            return [score for part in parts for score in self._scores(name, reward, images[part], prompts[part], rows[part])]
+        except Exception as error:
+            where = f"{rows[0]['image']} to {rows[-1]['image']}" if len(rows) > 1 else rows[0]["image"]
+            raise WorkError(f"reward {name} failed on {where}: {type(error).__name__}: {error}") from error
+
+    def half_precision_difference(self, items: Sequence[Item]) -> dict[str, dict[str, float]]:
+        """Reward -> largest and mean |score - float32 score|, on the first images of one size."""
+        readable = [
+            (item, pixels)
+            for item, pixels in zip(items, read_ahead([self.work.folder / item.name for item in items], self.threads), strict=True)
+            if not isinstance(pixels, UnreadableImage)
+        ]
+        same = [(item.prompt or "", pixels) for item, pixels in readable if pixels.shape == readable[0][1].shape][: self.work.batch_size]
+        if not same:
+            return {}
+        prompts, pixels = zip(*same, strict=True)
+        images = torch.stack(pixels).to(self.device).float().div_(255)
+        return {
+            name: scoring.half_precision_difference(
+                name, DTYPES[self.work.dtype], images, prompts,
+                device=self.device, checkpoint=self.work.checkpoints.get(name), variant=self.work.variant,
+            )
+            for name, reward in self.rewards.items()
+            if "dtype" in reward.describe()["preprocessing"]  # the others have no network
+        }  # fmt: skip
+
+
+# --- one or several -----------------------------------------------------------------------------------------------------
+class Team:
+    """The scorers of a piece of work: one in this process, or one in each of several."""
+
+    def __init__(self, work: Work, pool: ProcessPoolExecutor | None):
+        self.work, self.pool = work, pool
+        self.here = None if pool else Scorer(work, work.devices[0])
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """What one of the scorers answers."""
+        if self.here:
+            return getattr(self.here, method)(*arguments)
+        return self._result(self.pool.submit(_call, method, *arguments))
+
+    def score(self, items: Sequence[Item], advance: Callable[[int], None]) -> Iterator[tuple[list[Row], list[Problem]]]:
+        """Rows and problems chunk by chunk, in order. At most two chunks a process are under way."""
+        chunks = (items[start : start + self.work.chunk] for start in range(0, len(items), self.work.chunk))
+        if self.here:
+            for chunk in chunks:
+                yield self.here.score(chunk, advance)
+            return
+        waiting: deque = deque()
+        for chunk in chunks:
+            waiting.append(self.pool.submit(_call, "score", chunk))
+            if len(waiting) >= 2 * len(self.work.devices):
+                yield self._finished(waiting, advance)
+        while waiting:
+            yield self._finished(waiting, advance)
+
+    def _finished(self, waiting: deque, advance: Callable[[int], None]) -> tuple[list[Row], list[Problem]]:
+        rows, problems = self._result(waiting.popleft())
+        advance(len(rows))
+        return rows, problems
+
+    def _result(self, future: Any) -> Any:
+        try:
+            return future.result()
+        except BrokenProcessPool:
+            raise WorkError(
+                f"one of {len(self.work.devices)} scoring processes died (killed, or out of memory?). "
+                "The rows so far are kept; the same command goes on from there."
+            ) from None
+
+
+@contextlib.contextmanager
+def team(work: Work) -> Iterator[Team]:
+    """Start the processes, where more than one is wanted, and end them."""
+    if len(work.devices) == 1:
+        yield Team(work, None)
+        return
+    context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
+    ranks = context.Queue()
+    for rank in range(len(work.devices)):
+        ranks.put(rank)
+    pool = ProcessPoolExecutor(len(work.devices), context, _start, (work, ranks, torch.get_num_threads()))
+    try:
+        yield Team(work, pool)
+        pool.shutdown()
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.kill()
+        raise
+
+
+_mine: tuple[Work, str] | None = None  # in a worker: what to do, and where
+
+
+def _start(work: Work, ranks: Any, threads: int) -> None:
+    """A worker's first act. The networks are loaded with the first task, whose errors reach the parent."""
+    global _mine
+    _mine = work, work.devices[ranks.get()]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    torch.set_num_threads(max(1, min(threads, (os.cpu_count() or 1) // len(work.devices))))
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+@cache
+def _scorer() -> Scorer:
+    return Scorer(*_mine)
+
+
+def _call(method: str, *arguments: Any) -> Any:
+    return getattr(_scorer(), method)(*arguments)

@@ -1,0 +1,92 @@
+"""Everything a training run is made of: built once from a preset, saved and restored as one state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tdpo_cli import algorithms, models
+from tdpo_cli.algorithms.critic import Critic
+from tdpo_cli.config import prompts
+from tdpo_cli.config.preset import Preset
+from tdpo_cli.machine import memory
+from tdpo_cli.machine.world import World
+from tdpo_cli.randomness import Randomness
+from tdpo_cli.rewards import Reward, scoring
+from tdpo_cli.rewards.backbones import Backbones, ImageEncoder
+from tdpo_cli.rewards.critic_encoder import critic_encoder
+from tdpo_cli.train.update import Optimizers, make_optimizers
+
+
+@dataclass
+class Job:
+    """Everything a run is made of. Built once; the epochs move its weights and count its steps."""
+
+    preset: Preset
+    world: World
+    policy: models.Policy
+    rewards: dict[str, Reward]
+    encoder: ImageEncoder | None
+    critic: Critic | None
+    optimizers: Optimizers
+    algorithm: algorithms.Algorithm
+    randomness: Randomness
+    prompts: list[str]
+    plan: memory.Plan
+    backbones: Backbones = field(default_factory=Backbones)
+    updates: int = 0  # optimizer steps that were not skipped
+    bad_steps: int = 0  # that were skipped
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "policy": self.policy.state_dict(),
+            "policy_optimizer": self.optimizers.policy.state_dict(),
+            "scaler": self.optimizers.scaler.state_dict(),
+            "critic": self.critic.state_dict() if self.critic else None,
+            "critic_optimizer": self.optimizers.critic.state_dict() if self.critic else None,
+            "algorithm": self.algorithm.state_dict(),
+            "updates": self.updates,
+            "bad_steps": self.bad_steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.policy.load_state_dict(state["policy"])
+        self.optimizers.policy.load_state_dict(state["policy_optimizer"])
+        if state["scaler"]:  # empty where the run so far did not compute in fp16 (a CPU)
+            self.optimizers.scaler.load_state_dict(state["scaler"])
+        if self.critic:
+            self.critic.load_state_dict(state["critic"])
+            self.optimizers.critic.load_state_dict(state["critic_optimizer"])
+        self.algorithm.load_state_dict(state["algorithm"])
+        self.updates, self.bad_steps = state["updates"], state["bad_steps"]
+
+
+def build(preset: Preset, world: World, plan: memory.Plan) -> Job:
+    """Load the networks and set up what trains. Raises RequestError for what the preset names and is not there."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = preset.model.tf32
+    randomness = Randomness(preset.run.seed)
+    prompt_list = prompts.load(preset.rollout.prompts)
+    policy = models.load(
+        preset.model, device=world.device, negative_prompt=preset.rollout.negative_prompt,
+        keep_reference=preset.needs_reference, randomness=randomness,
+    )  # fmt: skip
+    policy.set_schedule(preset.rollout.steps, preset.rollout.eta)
+    policy.cut_up(plan.checkpointing, preset.run.compile)
+    backbones = Backbones(world.device)
+    if plan.park:
+        backbones.park()  # each network is on the device only while it is used
+    checkpoints = scoring.checkpoints(preset.reward.zoo, preset.reward.checkpoints)
+    rewards = scoring.load_rewards(preset.rewards, backbones, checkpoints)
+    encoder = critic = None
+    if preset.has_critic:
+        encoder = critic_encoder(preset.reward.train, backbones, checkpoints)
+        critic = Critic(encoder.embed_dim, preset.algorithm.critic_init_std, preset.algorithm.critic_activation)
+        critic.initialise(randomness.initial_weights("critic"))
+        critic.to(world.device)
+    optimizers = make_optimizers(policy, critic, preset)
+    return Job(
+        preset, world, policy, rewards, encoder, critic, optimizers, algorithms.make(preset), randomness, prompt_list,
+        plan, backbones,
+    )  # fmt: skip

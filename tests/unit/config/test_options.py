@@ -1,0 +1,599 @@
+"""Every option changes the run: one small run per option on the sandbox, compared with the run without it.
+
+A new option is a visible decision: the tables below name every key of the preset, and the last test says so.
+"""
+
+import dataclasses
+import json
+import shutil
+import sys
+import types
+from functools import cache
+
+import pytest
+import torch
+
+from tdpo_cli import models
+from tdpo_cli.config import preset as presets
+from tdpo_cli.config import prompts
+from tdpo_cli.console import Console
+from tdpo_cli.errors import RequestError, WorkError
+from tdpo_cli.machine import memory
+from tdpo_cli.machine.world import World
+from tdpo_cli.models.families.sd import StableDiffusion
+from tdpo_cli.overoptimisation import verdict
+from tdpo_cli.rewards import scoring
+from tdpo_cli.rewards.backbones import Backbones
+from tdpo_cli.sandbox import ZOO
+from tdpo_cli.train import train
+from tdpo_cli.train.state import build
+from tdpo_cli.train.update import make_optimizers
+
+# four samples of two prompts in two steps: small, and enough for every option to matter
+SMALL = {
+    "model.base": "sandbox", "model.lora_rank": 2, "model.dtype": "fp32",
+    "rollout.samples_per_epoch": 4, "rollout.steps": 2, "rollout.guidance_scale": 2.0,
+    "reward.train": "gold", "reward.zoo": "sandbox", "reward.buffer_size": 4, "reward.min_count": 2,
+    "algorithm.critic_init_std": 0.11, "algorithm.reset_every": 1, "algorithm.neuron_rows": 2,
+    "update.batch_size": 2, "update.learning_rate": 1e-3, "update.critic_learning_rate": 1e-3, "update.max_grad_norm": 0.1,
+    "update.clip_range_critic": 0.05,
+    "run.epochs": 1, "run.preview_images": 0,
+}  # fmt: skip
+TWO = {"run.epochs": 2}  # for what only shows once something has been learnt
+KL = TWO | {"algorithm.kl_penalty_coef": 1e4}  # log-probs are means, so a KL is small
+
+# key -> (settings that let it matter, values that each must give another run)
+CHANGES_THE_RUN = {
+    "model.lora_rank": ({}, [3]),
+    "rollout.samples_per_epoch": ({}, [6]),
+    "rollout.steps": ({}, [3]),
+    "rollout.guidance_scale": ({}, [3.0, 1.0]),
+    "rollout.eta": ({}, [0.8]),
+    "rollout.negative_prompt": ({}, ["a red circle"]),
+    "reward.train": ({}, ["jpeg-incompressibility"]),
+    "reward.normalise": ({}, ["global", "none"]),
+    "reward.scale_only": ({}, [True]),
+    "reward.buffer_size": (TWO, [2]),
+    "reward.min_count": (TWO, [4]),
+    "reward.clip_range": ({}, [0.1]),
+    "algorithm.name": ({}, ["tdpo", "ddpo"]),
+    "algorithm.gamma": ({}, [0.5]),
+    "algorithm.advantage_norm": ({}, ["per-prompt", "none"]),
+    "algorithm.critic_coef": ({}, [0.0]),
+    "algorithm.critic_dropout": ({}, [False]),
+    "algorithm.critic_activation": ({}, ["relu"]),
+    "algorithm.critic_steps": ({}, [3]),
+    "algorithm.critic_init_std": ({}, [0.2, None]),
+    "algorithm.reset_every": (TWO, [2]),
+    "algorithm.reset_target": ({}, ["dormant", "all", "none"]),
+    "algorithm.dormant_threshold": ({}, [0.5]),
+    "algorithm.extra_dormant_threshold": ({}, [0.5]),
+    "algorithm.neuron_rows": ({}, [1]),
+    "algorithm.reference": ({}, [True]),
+    "algorithm.kl_penalty": (KL, ["kl", "abs", "square", "approx", "js"]),
+    "algorithm.kl_penalty_coef": (TWO | {"algorithm.reference": True}, [1e4]),
+    "algorithm.init_kl_coef": (KL, [0.4]),
+    "algorithm.kl_target": (KL, [0.1]),
+    "algorithm.kl_horizon": (KL | {"algorithm.kl_target": 0.1}, [20]),
+    "algorithm.update_mode": ({"algorithm.name": "ddpo"}, ["all-timesteps"]),
+    "update.batch_size": ({}, [4]),
+    "update.inner_epochs": ({}, [2]),
+    "update.learning_rate": ({}, [2e-3]),
+    "update.critic_learning_rate": ({}, [2e-3]),
+    "update.adam_beta1": ({}, [0.8]),
+    "update.adam_beta2": ({}, [0.9]),
+    "update.adam_weight_decay": ({}, [0.1]),
+    "update.adam_epsilon": ({}, [1e-2]),
+    "update.max_grad_norm": ({}, [1e-6]),
+    "update.clip_range": ({}, [1e-9]),
+    "update.clip_range_critic": ({}, [0.0, 0.01]),
+    "update.timestep_fraction": ({}, [0.5]),
+    "update.shuffle_samples": ({}, [False]),
+    "update.shuffle_timesteps": ({}, [False]),
+    "update.guidance": ({}, [False]),
+    "run.seed": ({}, [7]),
+}  # fmt: skip
+
+
+@cache
+def small_run(overrides: tuple) -> dict:
+    """What a run leaves behind, in numbers: metrics, weights, the algorithm's memory."""
+    job = start(dict(overrides))
+    rows = [train._epoch(job, epoch, Console(quiet=True)) for epoch in range(job.preset.run.epochs)]
+    timeless = [{k: v for k, v in row.items() if "second" not in k and k != "peak_memory_bytes"} for row in rows]
+    return {"rows": timeless, "state": job.state_dict(), "job": job}
+
+
+def settings_of(changes: dict) -> presets.Preset:
+    return presets.override(presets.Preset(), list((SMALL | changes).items()))
+
+
+def start(changes: dict, micro_batch: int = 8):
+    torch.manual_seed(0)
+    return build(settings_of({"rollout.prompts": str(two_prompts())} | changes), World(), memory.Plan.of(micro_batch))
+
+
+@cache
+def two_prompts():
+    import tempfile
+    from pathlib import Path
+
+    file = Path(tempfile.mkdtemp()) / "prompts.txt"
+    file.write_text("\n".join(prompts.load("sandbox")[:2]))
+    return file
+
+
+def run_with(changes: dict) -> dict:
+    return small_run(tuple(sorted(changes.items(), key=lambda item: item[0])))
+
+
+def same(a, b) -> bool:
+    """Equal to the last bit, whatever is inside."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.shape == b.shape and bool(torch.equal(a, b))
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b or (a != a and b != b)
+
+
+def numbers(run: dict) -> tuple:
+    """Without the optimizers' settings, which would differ even if nobody read them."""
+    state = {key: value for key, value in run["state"].items() if key not in ("policy_optimizer", "critic_optimizer", "scaler")}
+    return run["rows"], state
+
+
+def test_the_same_settings_give_the_same_run():
+    """So that a difference below means the option and nothing else."""
+    again = small_run.__wrapped__(())
+    assert same(numbers(run_with({})), numbers(again))
+
+
+@pytest.mark.parametrize("key", CHANGES_THE_RUN)
+def test_option_changes_the_run(key):
+    given, values = CHANGES_THE_RUN[key]
+    runs = [run_with(given), *(run_with(given | {key: value}) for value in values)]
+    for i, one in enumerate(runs):
+        for other in runs[i + 1 :]:
+            assert not same(numbers(one), numbers(other)), f"{key}: {values} and the default give the same run"
+
+
+# --- what some of them do, beyond making a difference -----------------------------------------------------------------
+def weights(run, part="policy"):
+    return run["state"][part]
+
+
+def test_the_base_run_really_trains():
+    rows = run_with({})["rows"]
+    assert rows[-1]["updates"] == 4 and rows[0]["skipped_steps"] == 0
+    assert rows[0]["ratio_drift"] == 0
+    assert any((p != 0).any() for name, p in weights(run_with({})).items() if "lora_B" in name)
+
+
+def test_extra_threshold_is_logged_and_changes_nothing_else():
+    plain, extra = run_with({}), run_with({"algorithm.extra_dormant_threshold": 0.5})
+    assert plain["rows"][0]["dormant_fraction_extra"] is None
+    assert extra["rows"][0]["dormant_fraction_extra"] > extra["rows"][0]["dormant_fraction"]
+    assert same(weights(plain, "critic"), weights(extra, "critic"))
+
+
+def test_reference_alone_is_logged_and_changes_nothing_else():
+    plain, logged = run_with(TWO), run_with(TWO | {"algorithm.reference": True})
+    assert [row["mean_kl"] for row in plain["rows"]] == [None, None]
+    assert logged["rows"][0]["mean_kl"] == 0  # up = 0: nothing has been learnt yet
+    assert logged["rows"][1]["mean_kl"] != 0
+    assert same(weights(plain), weights(logged))
+
+
+def test_ddpo_has_no_critic():
+    run = run_with({"algorithm.name": "ddpo"})
+    assert run["job"].critic is None and run["job"].encoder is None
+    for name in ("critic_loss", "critic_grad_norm", "critic_explained_variance", "dormant_fraction", "reset"):
+        assert run["rows"][0][name] is None
+
+
+def test_all_timesteps_takes_one_step_per_batch():
+    assert run_with({"algorithm.name": "ddpo"})["rows"][0]["updates"] == 4
+    assert run_with({"algorithm.name": "ddpo", "algorithm.update_mode": "all-timesteps"})["rows"][0]["updates"] == 2
+
+
+def test_all_timesteps_with_a_critic_is_refused():
+    with pytest.raises(presets.SettingError, match="all-timesteps is DDPO's"):
+        settings_of({"algorithm.update_mode": "all-timesteps"})
+
+
+def test_only_tdpo_r_resets():
+    assert [row["reset"] > 0 for row in run_with(TWO | {"algorithm.reset_every": 2})["rows"]] == [False, True]
+    assert run_with({"algorithm.name": "tdpo"})["rows"][-1]["reset"] == 0
+    assert run_with({"algorithm.reset_target": "none"})["rows"][-1]["reset"] == 0
+    assert run_with({"algorithm.reset_target": "all"})["rows"][-1]["reset"] == 1024 + 128 + 64 + 16
+    active, dormant = (
+        run_with({"algorithm.reset_target": target} if target != "active" else {})["rows"][-1]["reset"] for target in ("active", "dormant")
+    )
+    assert active + dormant == 1024 + 128 + 64 + 16
+
+
+def test_guidance_off_while_training_moves_the_ratio():
+    """The rollout is guided and the update is not, so old and new log-probs differ from the first step on."""
+    assert run_with({})["rows"][0]["ratio_drift"] == 0
+    assert run_with({"update.guidance": False})["rows"][0]["ratio_drift"] > 1e-4
+
+
+def test_micro_batch_never_changes_the_result():
+    one, many = start({}, micro_batch=1), start({}, micro_batch=8)
+    rows = [train._epoch(job, 0, Console(quiet=True)) for job in (one, many)]
+    for name in ("rewards/gold/mean", "policy_loss", "critic_loss", "policy_grad_norm"):
+        assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-4, abs=1e-6), name
+
+
+# --- options that are no part of the mathematics ------------------------------------------------------------------------
+def base():
+    """model.base: a word, a folder"""
+    from pathlib import Path
+
+    other = Path(__file__).parents[2] / "data/trace_a/model/pipeline"
+    assert start({"model.base": str(other)}).policy.unet.config["block_out_channels"] != start({}).policy.unet.config["block_out_channels"]
+
+
+def start_from(tmp_path):
+    """model.start_from: training goes on from the weights of another run."""
+    trained = run_with({})["job"].policy
+    trained.save(tmp_path)
+    assert same(start({"model.start_from": str(tmp_path)}).policy.state_dict(), trained.state_dict())
+
+
+def dtype():
+    """model.dtype: of the base networks on an accelerator (`meta` has no numbers, but types); LoRA weights stay fp32."""
+    for name, expected in (("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)):
+        model = dataclasses.replace(settings_of({}).model, dtype=name)
+        policy = models.load(model, device="meta")
+        assert {policy.unet.conv_in.weight.dtype, policy.vae.dtype, policy.text_encoder.dtype} == {expected}
+        assert {p.dtype for p in policy.trainable.values()} == {torch.float32}
+        assert models.load(model, device="cpu").unet.conv_in.weight.dtype == torch.float32
+    half, whole = (memory.estimate(presets.load("hpsv2", [("model.dtype", name)])) for name in ("fp16", "fp32"))
+    assert half < whole
+
+
+def tf32():
+    """model.tf32"""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        for wanted in (True, False):
+            start({"model.tf32": wanted})
+            assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (wanted, wanted)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def revision(monkeypatch):
+    """model.revision reaches the hub; test_sd_layouts loads two revisions from a cache."""
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, revision, **kwargs: asked.append(revision) or str(ZOO / "nothing"))
+    with pytest.raises(RequestError):
+        models.load(dataclasses.replace(settings_of({}).model, base="someone/model", revision="v7"))
+    assert asked == ["v7"]
+
+
+def rollout_prompts():
+    """rollout.prompts"""
+    assert start({"rollout.prompts": "sandbox"}).prompts == prompts.load("sandbox")
+    assert start({}).prompts == prompts.load("sandbox")[:2]
+
+
+def eval_prompts():
+    """rollout.eval_prompts is for cross-eval; the dry run names it."""
+    from helpers import tdpo
+
+    assert "held out: my.txt" in tdpo("train", "--dry-run", "--set", "rollout.eval_prompts=my.txt").err
+
+
+def watch():
+    """reward.watch: logged, never trained on."""
+    plain, watching = run_with({}), run_with({"reward.watch": ("jpeg-compressibility",)})
+    assert "rewards/jpeg-compressibility/mean" in watching["rows"][0]
+    assert same(weights(plain), weights(watching))
+
+
+def zoo():
+    """reward.zoo: the embedded checkpoints; without it the published ones, which are not on this machine."""
+    assert scoring.checkpoints("sandbox", {})["aesthetic"] == str(ZOO / "aesthetic")
+    assert scoring.checkpoints(None, {}) == {}
+    with pytest.raises(RequestError, match="aesthetic"):
+        start({"reward.zoo": None, "reward.train": "aesthetic"})
+
+
+def checkpoints(tmp_path):
+    """reward.checkpoints: this path and no other."""
+    shutil.copytree(ZOO / "aesthetic", tmp_path / "head")
+    (tmp_path / "head" / "sac+logos+ava1-l14-linearMSE.pth").write_bytes(b"no head")
+    with pytest.raises(RequestError, match=str(tmp_path / "head")):
+        start({"reward.train": "aesthetic", "reward.checkpoints": {"aesthetic": str(tmp_path / "head")}})
+    assert scoring.load_rewards(["aesthetic"], Backbones("cpu"), {"aesthetic": str(ZOO / "aesthetic")})
+
+
+def run_folder(tmp_path):
+    """run.epochs, run.save_every, run.keep_last, run.preview_images, run.micro_batch"""
+    wanted = {"run.epochs": 5, "run.save_every": 2, "run.keep_last": 2, "run.preview_images": 3, "run.micro_batch": 3}
+    train.run(settings_of(wanted | {"rollout.prompts": str(two_prompts())}), tmp_path, False, Console(quiet=True))
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["epoch_0003", "epoch_0004"]
+    assert len(list((tmp_path / "images").glob("epoch_*.png"))) == 5
+    assert json.loads((tmp_path / "env.json").read_text())[0]["micro_batch"] == 3
+
+
+def preview_images():
+    """run.preview_images 0 draws none (as in every run here)"""
+    from tdpo_cli.train import metrics
+
+    assert metrics.preview(run_with({})["job"], None, "", "") is None
+
+
+def stopping_early(tmp_path, monkeypatch):
+    """run.stop_on_overoptimisation: so many epochs in a row with that verdict end the run."""
+    monkeypatch.setattr(verdict, "read", lambda rows, preset: verdict.Verdict("over-optimising", ""))
+    for patience, expected in ((2, 2), (None, 4)):
+        wanted = {"run.epochs": 4, "run.stop_on_overoptimisation": patience, "rollout.prompts": str(two_prompts())}
+        train.run(settings_of(wanted), tmp_path / str(patience), False, Console(quiet=True))
+        assert len((tmp_path / str(patience) / "metrics.jsonl").read_text().splitlines()) == expected
+
+
+def tracking(tmp_path):
+    """run.trackers: told of every epoch; test_trackers says what."""
+    pytest.importorskip("tensorboard")
+    train.run(settings_of({"run.trackers": ("tensorboard",), "rollout.prompts": str(two_prompts())}), tmp_path, False, Console(quiet=True))
+    assert (tmp_path / "trackers/tensorboard/next_epoch.txt").read_text() == "1"
+
+
+def max_bad_steps(monkeypatch):
+    """run.max_bad_steps: that many broken optimizer steps end the run, fewer do not."""
+
+    def broken(self, *args, **kwargs):
+        transition = real(self, *args, **kwargs)
+        return dataclasses.replace(transition, mean=transition.mean * float("nan")) if torch.is_grad_enabled() and next(bad) else transition
+
+    real = StableDiffusion.transition
+    for limit, stops in ((2, True), (3, False)):
+        bad = iter([True, True] + [False] * 20)
+        job = start({"run.max_bad_steps": limit})
+        monkeypatch.setattr(StableDiffusion, "transition", broken)
+        if stops:
+            with pytest.raises(WorkError, match="2 optimizer steps with a non-finite loss"):
+                train._epoch(job, 0, Console(quiet=True))
+        else:
+            row = train._epoch(job, 0, Console(quiet=True))
+            assert row["skipped_steps"] == 2 and row["updates"] == 2
+        monkeypatch.setattr(StableDiffusion, "transition", real)
+
+
+def optimizer(monkeypatch):
+    """update.optimizer adamw-8bit without bitsandbytes: one message that says what to install."""
+    job = start({})
+    assert type(job.optimizers.policy) is torch.optim.AdamW
+    eight = dataclasses.replace(job.preset, update=dataclasses.replace(job.preset.update, optimizer="adamw-8bit"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(RequestError, match=r"adamw-8bit needs bitsandbytes: pip install bitsandbytes"):
+        make_optimizers(job.policy, job.critic, eight)
+    # ... and with it, its class for the policy; the critic keeps fp32 states
+    fake = types.ModuleType("bitsandbytes.optim")
+    fake.AdamW8bit = type("AdamW8bit", (torch.optim.AdamW,), {})
+    monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", fake)
+    optimizers = make_optimizers(job.policy, job.critic, eight)
+    assert type(optimizers.policy) is fake.AdamW8bit and type(optimizers.critic) is torch.optim.AdamW
+
+
+def memory_limit(tmp_path):
+    """run.memory_limit: a smaller plan, written down; the same result."""
+    preset = settings_of({"rollout.prompts": str(two_prompts())})
+    tight = memory.estimate(preset, 1, memory.CPU_LADDER[-1], gpu=False)
+    train.run(presets.override(preset, [("run.memory_limit", str(tight))]), tmp_path / "tight", False, Console(quiet=True), "cpu")
+    entry = json.loads((tmp_path / "tight" / "env.json").read_text())[0]
+    assert entry["micro_batch"] == entry["plan"]["micro_batch"] == 1 and entry["memory_limit"] == str(tight)
+    row, roomy = json.loads((tmp_path / "tight" / "metrics.jsonl").read_text()), run_with({})["rows"][0]
+    for name in ("rewards/gold/mean", "policy_loss", "critic_loss", "policy_grad_norm"):
+        assert row[name] == pytest.approx(roomy[name], rel=1e-4, abs=1e-6), name
+
+
+def compiled():
+    """run.compile: the UNet's transformer blocks, and nothing unless asked for."""
+    for wanted in (True, False):
+        unet = start({"run.compile": wanted}).policy.unet
+        blocks = [module for module in unet.modules() if type(module).__name__ == "BasicTransformerBlock"]
+        assert blocks and {module._compiled_call_impl is not None for module in blocks} == {wanted}
+
+
+ELSEWHERE = {
+    "model.base": base,
+    "model.revision": revision,
+    "model.start_from": start_from,
+    "model.dtype": dtype,
+    "model.tf32": tf32,
+    "rollout.prompts": rollout_prompts,
+    "rollout.eval_prompts": eval_prompts,
+    "reward.watch": watch,
+    "reward.zoo": zoo,
+    "reward.checkpoints": checkpoints,
+    "update.optimizer": optimizer,
+    "run.epochs": run_folder,
+    "run.save_every": run_folder,
+    "run.keep_last": run_folder,
+    "run.preview_images": preview_images,
+    "run.micro_batch": run_folder,
+    "run.memory_limit": memory_limit,
+    "run.compile": compiled,
+    "run.max_bad_steps": max_bad_steps,
+    "run.trackers": tracking,
+    "run.stop_on_overoptimisation": stopping_early,
+}
+
+
+@pytest.mark.parametrize("check", dict.fromkeys(ELSEWHERE.values()), ids=lambda check: check.__name__)
+def test_option_outside_the_mathematics(check, request):
+    wanted = check.__code__.co_varnames[: check.__code__.co_argcount]
+    check(**{name: request.getfixturevalue(name) for name in wanted})
+
+
+def test_every_option_of_the_preset_is_in_a_table():
+    declared = {key for key, _, _, _ in presets.describe()}
+    assert declared == CHANGES_THE_RUN.keys() | ELSEWHERE.keys()
+    assert not CHANGES_THE_RUN.keys() & ELSEWHERE.keys()
+
+
+@pytest.mark.parametrize("key", CHANGES_THE_RUN)
+def test_every_choice_of_an_option_is_tried(key):
+    """All values of a closed list, the default (or the base run's) among them."""
+    section, name = key.split(".")
+    kind = next(kind for known, kind, _, _ in presets.describe() if known == key)
+    if " | " not in kind or key == "algorithm.critic_init_std":
+        return
+    choices = {choice for choice in kind.split(" | ") if choice not in ("none", "a number", "a whole number", "a string")}
+    given, values = CHANGES_THE_RUN[key]
+    started = getattr(getattr(settings_of(given), section), name)
+    assert choices <= {started, *values}
+
+
+# --- the reference ------------------------------------------------------------------------------------------------------
+def test_the_reference_of_a_lora_is_the_network_without_it():
+    policy = run_with({"algorithm.reference": True})["job"].policy
+    assert policy.reference_unet is None  # no second network
+    fresh = start({}).policy
+    x_t, k = torch.randn(1, *policy.latent_shape, generator=torch.Generator().manual_seed(0)), torch.tensor([0])
+    with torch.no_grad():
+        reference, trained = (policy.predict(x_t, k, policy.encode(["a red circle"]), 2.0, reference=flag) for flag in (True, False))
+        untrained = fresh.predict(x_t, k, fresh.encode(["a red circle"]), 2.0)
+    assert torch.equal(reference, untrained) and not torch.equal(trained, untrained)
+
+
+def test_full_fine_tuning_trains_everything_against_a_frozen_copy():
+    run = run_with(TWO | {"model.lora_rank": 0, "algorithm.reference": True, "update.learning_rate": 1e-5})
+    policy = run["job"].policy
+    assert policy.trainable.keys() == dict(policy.unet.named_parameters()).keys()
+    assert not any(p.requires_grad for p in policy.reference_unet.parameters())
+    assert run["rows"][0]["mean_kl"] == 0 and run["rows"][1]["mean_kl"] != 0
+    fresh = start({}).policy.unet
+    frozen = dict(policy.reference_unet.named_parameters())
+    assert all(torch.equal(p, frozen[name.replace(".base_layer", "")]) for name, p in fresh.named_parameters() if "lora_" not in name)
+    moved = [name for name, p in policy.unet.named_parameters() if not torch.equal(p, frozen[name])]
+    assert len(moved) == len(frozen)
+
+
+def test_full_fine_tuning_without_a_reference_keeps_one_copy():
+    assert start({"model.lora_rank": 0}).policy.reference_unet is None
+
+
+@pytest.mark.parametrize("rank", [2, 0])
+def test_a_resumed_run_equals_a_straight_one(tmp_path, rank):
+    """LoRA, and the whole UNet; with an adaptive KL controller and its reference."""
+    changes = {"model.lora_rank": rank, "update.learning_rate": 1e-4, **KL, "algorithm.kl_target": 0.1, "rollout.prompts": str(two_prompts())}
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    train.run(settings_of(changes | {"run.epochs": 2}), straight, False, Console(quiet=True))
+    train.run(settings_of(changes | {"run.epochs": 1}), cut, False, Console(quiet=True))
+    train.run(settings_of(changes | {"run.epochs": 2}), cut, True, Console(quiet=True))
+    rows = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (straight, cut)]
+    for one, other in zip(*rows, strict=True):
+        assert {k: v for k, v in one.items() if "second" not in k and "memory" not in k} == {
+            k: v for k, v in other.items() if "second" not in k and "memory" not in k
+        }
+    assert (straight / "checkpoints/epoch_0001/unet/config.json").exists() == (rank == 0)
+
+
+# --- the fp16 loss scaler, enabled on a CPU -----------------------------------------------------------------------------
+def with_scaler(scale: float):
+    job = start({"update.max_grad_norm": 1.0})
+    job.optimizers.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10**6)
+    return job
+
+
+def test_the_scaler_changes_no_number():
+    scaled, plain = with_scaler(2.0**10), start({"update.max_grad_norm": 1.0})
+    rows = [train._epoch(job, 0, Console(quiet=True)) for job in (scaled, plain)]
+    assert rows[0]["policy_grad_norm"] == pytest.approx(rows[1]["policy_grad_norm"], rel=1e-4)
+    assert rows[0]["critic_grad_norm"] == rows[1]["critic_grad_norm"]  # the critic is never scaled
+    assert rows[0]["overflowed_steps"] == rows[0]["skipped_steps"] == 0
+
+
+def test_an_overflow_skips_the_policy_step_only_and_is_no_fault(monkeypatch):
+    job = with_scaler(2.0**126)  # times any gradient: infinite in fp32
+    before = job.policy.state_dict(), {k: v.clone() for k, v in job.critic.state_dict().items()}
+    row = train._epoch(job, 0, Console(quiet=True))
+    assert row["overflowed_steps"] >= 1 and row["skipped_steps"] == 0 and job.bad_steps == 0
+    assert row["updates"] == 4
+    assert row["policy_loss"] is not None and row["critic_loss"] is not None
+    assert not same(before[1], job.critic.state_dict())
+    assert job.optimizers.scaler.get_scale() == 2.0 ** (126 - row["overflowed_steps"])
+    if row["overflowed_steps"] == 4:
+        assert same(before[0], job.policy.state_dict())
+
+
+def test_a_broken_loss_is_a_fault_with_a_scaler_too(monkeypatch):
+    real = StableDiffusion.transition
+
+    def broken(self, *args, **kwargs):
+        transition = real(self, *args, **kwargs)
+        return dataclasses.replace(transition, mean=transition.mean * float("nan")) if torch.is_grad_enabled() else transition
+
+    job = with_scaler(1024.0)
+    monkeypatch.setattr(StableDiffusion, "transition", broken)
+    with pytest.raises(WorkError, match="every optimizer step of the epoch had a non-finite loss"):
+        train._epoch(job, 0, Console(quiet=True))
+
+
+def test_the_scale_is_checkpointed():
+    job = with_scaler(2.0**126)
+    train._epoch(job, 0, Console(quiet=True))
+    state = job.state_dict()
+    again = with_scaler(1.0)
+    again.load_state_dict(state)
+    assert again.optimizers.scaler.get_scale() == job.optimizers.scaler.get_scale() < 2.0**126
+
+
+def test_a_state_without_a_scaler_loads_where_one_is_needed():
+    """A run that went on from a CPU to a GPU starts with the scaler's own first scale."""
+    job = with_scaler(64.0)
+    job.load_state_dict(start({}).state_dict())
+    assert job.optimizers.scaler.get_scale() == 64.0
+
+
+# --- 8-bit AdamW ---------------------------------------------------------------------------------------------------------
+@pytest.mark.slow  # bitsandbytes takes 20 s to import
+def test_8bit_adamw_trains_and_resumes_on_a_cpu(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    changes = {"model.lora_rank": 0, "update.optimizer": "adamw-8bit", "update.learning_rate": 1e-5}
+    job = start(changes)
+    train._epoch(job, 0, Console(quiet=True))
+    state = job.state_dict()
+    assert torch.uint8 in {entry["state1"].dtype for entry in job.optimizers.policy.state.values()}
+    torch.save(state, tmp_path / "state.pt")  # as a run's state is written and read
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    again = start(changes)
+    again.load_state_dict(state)
+    rows = [train._epoch(one, 1, Console(quiet=True)) for one in (job, again)]
+    assert rows[0]["policy_loss"] == rows[1]["policy_loss"]
+    assert same(job.policy.state_dict(), again.policy.state_dict())
+
+
+# --- on a GPU --------------------------------------------------------------------------------------------------------------
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("rank", [2, 0])
+def test_a_gpu_computes_in_the_asked_type(dtype, rank):
+    preset = settings_of({"rollout.prompts": str(two_prompts()), "model.dtype": dtype, "model.lora_rank": rank, "update.learning_rate": 1e-5})
+    job = build(preset, World(device="cuda"), memory.Plan.of(8))
+    assert job.optimizers.scaler.is_enabled() == (dtype == "fp16")
+    row = train._epoch(job, 0, Console(quiet=True))
+    assert {p.dtype for p in job.policy.trainable.values()} == {p.dtype for p in job.critic.parameters()} == {torch.float32}
+    assert row["skipped_steps"] == 0 and row["policy_loss"] is not None
+    assert row["ratio_drift"] < 1e-3
+
+
+@pytest.mark.gpu
+def test_8bit_adamw_on_a_gpu():
+    pytest.importorskip("bitsandbytes")
+    preset = settings_of({"rollout.prompts": str(two_prompts()), "model.dtype": "fp16", "update.optimizer": "adamw-8bit"})
+    job = build(preset, World(device="cuda"), memory.Plan.of(8))
+    assert type(job.optimizers.policy).__name__ == "AdamW8bit"
+    assert train._epoch(job, 0, Console(quiet=True))["skipped_steps"] == 0

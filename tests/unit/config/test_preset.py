@@ -1,0 +1,294 @@
+"""Facts about presets and settings: what they hold, what they refuse and how they say so."""
+
+import dataclasses
+import json
+import sys
+
+import pytest
+from helpers import make_preset
+
+from tdpo_cli.config import preset as presets
+from tdpo_cli.config.fields import SettingError, said, suggest
+from tdpo_cli.config.preset import Preset
+from tdpo_cli.errors import RequestError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def refusal(*overrides, text=None, tmp_path=None):
+    """The message with which overrides, or a preset file of this text, are refused."""
+    with pytest.raises(SettingError) as caught:
+        if text is None:
+            presets.override(Preset(), overrides)
+        else:
+            file = tmp_path / "mine.toml"
+            file.write_text(text)
+            presets.load(str(file))
+    return str(caught.value)
+
+
+# --- shipped presets --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", presets.names())
+def test_every_shipped_preset_parses_and_has_held_out_prompts(name):
+    assert presets.load(name).rollout.eval_prompts is not None
+
+
+def test_the_quickstart_is_shipped():
+    assert "quickstart" in presets.names()
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_a_preset_survives_toml_json_and_back(name, tmp_path):
+    preset = presets.load(name)
+    assert presets.from_dict(tomllib.loads(presets.as_toml(preset)), "toml") == preset
+    file = tmp_path / "preset.json"
+    file.write_text(json.dumps(preset.as_dict()))
+    assert presets.load(str(file)) == preset
+    assert presets.load(str(file)).digest() == preset.digest()
+
+
+def test_paths_and_quotes_survive_toml():
+    preset = make_preset(reward__checkpoints={"hpsv2.1": 'C:\\a "b"'}, rollout__negative_prompt='ü\n"x"', model__revision="v1")
+    assert presets.from_dict(tomllib.loads(presets.as_toml(preset)), "toml") == preset
+
+
+def test_digests_tell_presets_apart():
+    assert make_preset(run__seed=1).digest() != make_preset(run__seed=2).digest()
+
+
+def test_defaults_are_the_published_numbers():
+    # ALGORITHM.md, section 7
+    preset = Preset()
+    assert preset.model.base == "CompVis/stable-diffusion-v1-4"
+    assert (preset.rollout.samples_per_epoch, preset.update.batch_size, preset.rollout.steps) == (256, 128, 50)
+    assert (preset.update.learning_rate, preset.update.critic_learning_rate) == (1e-4, 1e-4)
+    assert (preset.update.clip_range, preset.update.clip_range_critic) == (1e-4, 0.2)
+    assert (preset.reward.buffer_size, preset.reward.min_count) == (32, 16)
+    assert (preset.algorithm.reset_every, preset.algorithm.dormant_threshold, preset.algorithm.neuron_rows) == (10, 0.0, 64)
+    assert preset.updates_per_epoch == 100
+    assert preset.reward_queries == 25_600
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("update.learning_rte", 1, "--set: unknown key update.learning_rte. Did you mean update.learning_rate?"),
+        ("updte.learning_rate", 1, "--set: unknown key updte.learning_rate. Did you mean update.learning_rate?"),
+        ("epochs", 1, "--set: unknown key epochs. Did you mean run.epochs?"),
+        ("qqqq", 1, "--set: unknown key qqqq."),
+        ("run.epochs", "ten", '--set: run.epochs: expected a whole number, got "ten" (a string).'),
+        ("run.epochs", 2.5, "--set: run.epochs: expected a whole number, got 2.5 (a number)."),
+        ("run.epochs", True, "--set: run.epochs: expected a whole number, got true (true or false)."),
+        ("update.learning_rate", "fast", '--set: update.learning_rate: expected a number, got "fast" (a string).'),
+        ("update.learning_rate", True, "--set: update.learning_rate: expected a number, got true (true or false)."),
+        ("model.tf32", 1, "--set: model.tf32: expected true or false, got 1 (a whole number)."),
+        ("model.base", 4, "--set: model.base: expected a string, got 4 (a whole number)."),
+        ("reward.watch", [1], "--set: reward.watch: expected a list of strings, got [1] (a list)."),
+        ("reward.checkpoints", 3, "--set: reward.checkpoints: expected a table of strings, got 3 (a whole number)."),
+        ("reward.checkpoints.gold", 3, '--set: reward.checkpoints: expected a table of strings, got {"gold": 3} (a table).'),
+        ("update.learning_rate", float("nan"), "--set: update.learning_rate: nan is not a finite number."),
+        ("algorithm.kl_target", float("inf"), "--set: algorithm.kl_target: inf is not a finite number."),
+        ("algorithm.name", "tpdo", '--set: algorithm.name: "tpdo" (a string) is not one of ddpo, tdpo, tdpo-r. Did you mean tdpo?'),
+        ("algorithm.kl_penalty", "KL", '--set: algorithm.kl_penalty: "KL" (a string) is not one of kl, abs, square, clip, approx, js.'),
+        ("run.epochs.x", 1, "--set: unknown key run.epochs.x. Did you mean run.epochs?"),
+    ],
+)
+def test_a_wrong_override_is_one_message(key, value, message):
+    assert refusal((key, value)) == message
+
+
+@pytest.mark.parametrize(
+    "key, value, limit",
+    [
+        ("run.epochs", 0, "0 is out of range; it must be at least 1"),
+        ("rollout.eta", 0, "0.0 is out of range; it must be above 0"),
+        ("rollout.eta", 1.5, "1.5 is out of range; it must be at most 1"),
+        ("rollout.steps", 1001, "1001 is out of range; it must be at most 1000"),
+        ("update.adam_beta2", 1, "1.0 is out of range; it must be below 1"),
+    ],
+)
+def test_a_value_out_of_range_names_the_limit_and_what_the_setting_means(key, value, limit):
+    meaning = next(doc for known, _, _, doc in presets.describe() if known == key)
+    assert refusal((key, value)) == f"--set: {key}: {limit} ({meaning})."
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[updte]\nbatch_size = 1", "mine.toml: unknown section [updte]. Did you mean update?"),
+        ("[update]\nlearning_rte = 1", "mine.toml: unknown key update.learning_rte. Did you mean update.learning_rate?"),
+        ("update = 3", "mine.toml: [update] must be a table of keys, not 3 (a whole number)."),
+    ],
+)
+def test_a_wrong_file_is_one_message(text, message, tmp_path):
+    assert refusal(text=text, tmp_path=tmp_path) == message
+
+
+def test_broken_toml_names_file_and_place(tmp_path):
+    message = refusal(text="[run\n", tmp_path=tmp_path)
+    assert message.startswith(f"{tmp_path / 'mine.toml'}: not a valid preset file") and "line 1" in message
+
+
+def test_a_batch_that_does_not_divide_names_the_nearest_that_do():
+    message = refusal(("update.batch_size", 100))
+    assert message == "--set: update.batch_size 100 does not divide rollout.samples_per_epoch 256. These would: 16, 32, 64, 128."
+
+
+@pytest.mark.parametrize(
+    "overrides, part",
+    [
+        ([("update.timestep_fraction", 0.01)], "is no step at all. Use at least 0.02"),
+        ([("algorithm.update_mode", "all-timesteps")], "all-timesteps is DDPO's"),
+        ([("reward.buffer_size", 8)], "reward.min_count 16 is never reached with reward.buffer_size 8"),
+        ([("reward.watch", ["gold", "aesthetic"])], "'aesthetic' is named twice"),
+    ],
+)
+def test_settings_that_do_not_fit_each_other_are_refused(overrides, part):
+    assert part in refusal(*overrides)
+
+
+def test_the_suggested_timestep_fraction_is_accepted():
+    for steps in (1, 3, 7, 49, 50, 600, 1000):  # 49 * (1 / 49) is below 1
+        message = refusal(("rollout.steps", steps), ("update.timestep_fraction", 1e-4))
+        suggested = float(message.rpartition("Use at least ")[2].rstrip("."))
+        assert make_preset(rollout__steps=steps, update__timestep_fraction=suggested).trained_steps >= 1
+
+
+def test_an_unknown_preset_suggests_a_known_one():
+    with pytest.raises(SettingError, match="unknown preset 'quikstart'. Did you mean quickstart"):
+        presets.load("quikstart")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(SettingError, match="none.toml: no such preset file"):
+        presets.load(str(tmp_path / "none.toml"))
+
+
+def test_a_wrong_setting_is_a_wrong_request():
+    assert issubclass(SettingError, RequestError)
+
+
+# --- overrides ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("run.epochs=3", ("run.epochs", 3)),
+        ("update.learning_rate = 1e-3", ("update.learning_rate", 1e-3)),
+        ("model.tf32=false", ("model.tf32", False)),
+        ("model.base=sandbox", ("model.base", "sandbox")),
+        ('model.base="sandbox"', ("model.base", "sandbox")),
+        ("model.base=/a/b c.d", ("model.base", "/a/b c.d")),
+        ("model.base=owner/name=odd", ("model.base", "owner/name=odd")),
+        ('reward.watch=["gold", "hpsv2"]', ("reward.watch", ["gold", "hpsv2"])),
+        ("reward.watch=gold,hpsv2", ("reward.watch", "gold,hpsv2")),
+        ("reward.watch=[]", ("reward.watch", [])),
+        ("run.keep_last=none", ("run.keep_last", None)),
+        ("run.keep_last=None", ("run.keep_last", None)),
+        ("algorithm.reset_target=none", ("algorithm.reset_target", "none")),
+        ("reward.normalise=none", ("reward.normalise", "none")),
+        ("rollout.negative_prompt=", ("rollout.negative_prompt", "")),
+    ],
+)
+def test_set_reads_toml_bare_words_and_none(text, expected):
+    key, value = presets.parse_override(text)
+    assert ((key, value), type(value)) == (expected, type(expected[1]))
+    presets.override(Preset(), [(key, value)])
+
+
+def test_set_without_a_value_is_refused():
+    with pytest.raises(SettingError, match="--set run.epochs: expected section.key=value"):
+        presets.parse_override("run.epochs")
+
+
+def test_lists_may_be_comma_separated_words():
+    assert make_preset(reward__watch="gold, hpsv2").reward.watch == ("gold", "hpsv2")
+
+
+def test_whole_numbers_are_numbers():
+    rate = make_preset(rollout__guidance_scale=5).rollout.guidance_scale
+    assert (rate, type(rate)) == (5.0, float)
+
+
+def test_checkpoints_are_reached_one_by_one_even_with_dots_in_their_names():
+    preset = presets.override(Preset(), [("reward.checkpoints.hpsv2.1", "/a"), ("reward.checkpoints.gold", "/b")])
+    assert preset.reward.checkpoints == {"hpsv2.1": "/a", "gold": "/b"}
+
+
+def test_later_overrides_win():
+    assert presets.override(Preset(), [("run.seed", 1), ("run.seed", 2)]).run.seed == 2
+
+
+def test_overrides_are_checked_together_not_one_by_one():
+    # 100 divides neither 256 nor the new number of samples until both are known
+    assert make_preset(update__batch_size=100, rollout__samples_per_epoch=300).update.batch_size == 100
+
+
+def test_an_override_leaves_the_original_alone():
+    preset = Preset()
+    presets.override(preset, [("reward.checkpoints.gold", "/a")])
+    assert preset.reward.checkpoints == {} and preset == Preset()
+
+
+def test_differences_name_key_and_both_values():
+    assert presets.differences(make_preset(run__seed=1), make_preset(run__seed=2, reward__watch=["gold"])) == [
+        ("reward.watch", [], ["gold"]), ("run.seed", 1, 2),
+    ]  # fmt: skip
+
+
+# --- arithmetic ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "settings, trained_steps, updates",
+    [
+        ({}, 50, 100),
+        ({"update__inner_epochs": 3}, 50, 300),
+        ({"update__timestep_fraction": 0.5}, 25, 50),
+        ({"update__timestep_fraction": 0.39, "rollout__steps": 10}, 3, 6),
+        ({"update__batch_size": 256}, 50, 50),
+        ({"algorithm__name": "ddpo", "algorithm__update_mode": "all-timesteps"}, 50, 2),
+    ],
+)
+def test_batch_arithmetic(settings, trained_steps, updates):
+    preset = make_preset(**settings)
+    assert (preset.trained_steps, preset.updates_per_epoch) == (trained_steps, updates)
+
+
+@pytest.mark.parametrize(
+    "settings, needed",
+    [({}, False), ({"algorithm__reference": True}, True), ({"algorithm__kl_penalty_coef": 0.1}, True), ({"algorithm__kl_target": 6}, True)],
+)
+def test_when_a_reference_is_needed(settings, needed):
+    assert make_preset(**settings).needs_reference is needed
+
+
+def test_only_ddpo_has_no_critic():
+    assert [make_preset(algorithm__name=name).has_critic for name in ("ddpo", "tdpo", "tdpo-r")] == [False, True, True]
+
+
+def test_the_training_reward_comes_first():
+    assert make_preset(reward__watch=["gold", "hpsv2"]).rewards == ("aesthetic", "gold", "hpsv2")
+
+
+# --- descriptions -------------------------------------------------------------------------------------------------------
+def test_every_setting_explains_itself():
+    rows = list(presets.describe())
+    assert len(rows) == sum(len(dataclasses.fields(cls)) for cls in presets.SECTIONS.values())
+    assert all(kind and doc for _, kind, _, doc in rows)
+    assert ("run.keep_last", "a whole number | none", None) in [row[:3] for row in rows]
+
+
+def test_every_default_fits_its_own_declaration():
+    for key, _, default, _ in presets.describe():
+        presets.override(Preset(), [(key, list(default) if isinstance(default, tuple) else default)])
+
+
+def test_suggestions_need_some_likeness():
+    assert suggest("epoch", ["epochs", "seed"], prefix="run.") == " Did you mean run.epochs?"
+    assert suggest("zzz", ["epochs", "seed"]) == ""
+
+
+def test_long_values_are_cut_in_messages():
+    assert said("x" * 100) == '"' + "x" * 56 + "... (a string)"

@@ -1,0 +1,215 @@
+"""Facts about memory: the counted sizes are those of the networks, and the ladder's plans fit what they are chosen for."""
+
+import contextlib
+import json
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import make_preset, tdpo
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from tdpo_cli.config import preset as presets
+from tdpo_cli.config.preset import Preset
+from tdpo_cli.errors import RequestError
+from tdpo_cli.machine import footprint, memory
+from tdpo_cli.models import adapter
+
+NARROW = {**footprint.SD1_UNET, "block_out_channels": (64, 96, 128, 256), "sample_size": 32}
+TOP_ONLY = {
+    **NARROW, "down_block_types": ("CrossAttnDownBlock2D",) + ("DownBlock2D",) * 3, "up_block_types": ("UpBlock2D",) * 3 + ("CrossAttnUpBlock2D",),
+}  # fmt: skip
+UNETS = {"sd1": footprint.SD1_UNET, "sd1 at 768 pixels": {**footprint.SD1_UNET, "sample_size": 96}, "narrow": NARROW, "attention above": TOP_ONLY}
+VAES = {"sd1": footprint.SD1_VAE, "small": {"block_out_channels": (16, 32, 64)}}
+PARAMETERS = footprint.SD1_PARAMETERS
+
+
+class Flash(torch.autograd.Function):
+    """Saves what a fused attention saves. (Without numbers torch would write out the whole matrix.)"""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        out = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, out)
+        return out
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda query, key, value, **options: Flash.apply(query, key, value))
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of the tensors that live at the same time."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen = weakref.WeakSet(parameter.untyped_storage() for parameter in network.parameters())
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.seen:
+                storage = tensor.untyped_storage()
+                self.seen.add(storage)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._free, storage.nbytes())
+        return out
+
+    def _free(self, count):
+        self.now -= count
+
+
+def unet(config, dtype):
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        network = UNet2DConditionModel(cross_attention_dim=config["block_out_channels"][0], attention_head_dim=8, **config)
+    return network.to(dtype).requires_grad_(False).eval()
+
+
+def call(network, config, dtype):
+    side = config["sample_size"]
+    make = lambda *shape: torch.empty(*shape, dtype=dtype, device="meta")
+    with contextlib.redirect_stderr(None):
+        return network(make(2, 4, side, side), torch.zeros(2, device="meta"), encoder_hidden_states=make(2, 77, config["block_out_channels"][0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["all kept", "checkpointing"])
+@pytest.mark.parametrize("name", UNETS)
+def test_what_a_backward_pass_keeps_is_counted(flash, name, checkpointing, dtype):
+    config = UNETS[name]
+    network = unet(config, dtype)
+    adapter.attach(network, 4, torch.Generator())
+    if checkpointing:
+        network.enable_gradient_checkpointing()
+    own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage()._cdata not in own:
+            kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call(network, config, dtype)
+    counted = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 2
+    nets = footprint.counted(config, footprint.SD1_VAE, PARAMETERS)
+    size = dtype.itemsize
+    predicted = footprint.backward_bytes(nets, size, checkpointing)
+    # while one block is computed again, what it keeps comes on top
+    once_more = nets.largest_block / 21 * (footprint.TRANSFORMER * size + (footprint.LORA_CAST if size < 4 else 0)) if checkpointing else 0
+    assert counted * 0.85 < predicted - once_more < counted * 1.2
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_what_a_forward_pass_needs_is_counted(flash, name):
+    config = UNETS[name]
+    network = unet(config, torch.float16)
+    with torch.no_grad(), Alive(network) as alive:
+        call(network, config, torch.float16)
+    predicted = footprint.forward_bytes(footprint.counted(config, footprint.SD1_VAE, PARAMETERS), 2)
+    assert alive.peak / 2 * 0.8 < predicted < alive.peak / 2 * 1.4
+
+
+@pytest.mark.parametrize("name", VAES)
+def test_what_decoding_an_image_needs_is_counted(flash, name):
+    from diffusers import AutoencoderKL
+
+    widths = VAES[name]["block_out_channels"]
+    with torch.device("meta"):
+        vae = AutoencoderKL(
+            block_out_channels=widths, layers_per_block=2, latent_channels=4, norm_num_groups=8,
+            down_block_types=("DownEncoderBlock2D",) * len(widths), up_block_types=("UpDecoderBlock2D",) * len(widths),
+        ).half().eval()  # fmt: skip
+    with torch.no_grad(), Alive(vae) as alive:
+        vae.decode(torch.empty(1, 4, 64, 64, dtype=torch.float16, device="meta"))[0].float()
+    nets = footprint.counted(footprint.SD1_UNET, VAES[name], PARAMETERS)
+    assert alive.peak * 0.9 < footprint.decode_bytes(nets, 2) < alive.peak * 1.3
+
+
+def test_the_published_share_of_a_gpu_is_within_the_goals():
+    """An eighth of a published preset: 16 GB at micro-batch 4 with the scorers parked, 12 GB at micro-batch 1."""
+    preset = presets.load("hpsv2")
+    assert memory.estimate(preset, 8, memory.Plan(4, 8, 4, park=True)) < 16e9
+    assert memory.estimate(preset, 8, memory.Plan(1, 1, 1, park=True)) < 12e9
+
+
+def test_a_plan_lower_on_the_ladder_never_needs_much_more():
+    preset = presets.load("aesthetic")
+    needs = [memory.estimate(preset, 8, plan) for plan in memory.GPU_LADDER]
+    assert all(lower <= higher * 1.02 for higher, lower in zip(needs, needs[1:], strict=False))
+
+
+@pytest.mark.parametrize("limit", [80e9, 40e9, 24e9, 16e9, 12e9])
+def test_the_chosen_plan_fits_and_is_the_roomiest(limit):
+    preset = presets.load("aesthetic")
+    plan = memory.choose(preset, int(limit), 8)
+    position = memory.GPU_LADDER.index(plan)
+    assert memory.estimate(preset, 8, plan) <= limit
+    assert all(memory.estimate(preset, 8, roomier) > limit for roomier in memory.GPU_LADDER[:position])
+
+
+def test_an_asked_for_micro_batch_stays():
+    preset = make_preset(run__micro_batch=3)
+    assert {plan.micro_batch for gpu in (True, False) for plan in memory.ladder(preset, gpu)} == {3}
+
+
+def test_without_a_limit_a_cpu_takes_the_first_plan():
+    assert memory.choose(presets.load("quickstart"), memory.limit(presets.load("quickstart"), 10**6, gpu=False), gpu=False) == memory.CPU_LADDER[0]
+
+
+@pytest.mark.parametrize(
+    "text, count", [("12GB", 12e9), ("800 MiB", 800 * 2**20), ("1.5gb", 1.5e9), ("1000000", 1e6), ("auto", None), ("AUTO", None)]
+)
+def test_sizes_are_read(text, count):
+    assert memory.parse(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "12 apples", "-1GB", "0", "GB", "1e9", "auto12"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(RequestError, match="expected a size such as 12GB"):
+        memory.parse(text)
+
+
+def test_a_limit_that_nothing_fits_is_one_line_with_the_least_need(tmp_path):
+    outcome = tdpo("train", "--preset", "quickstart", "--memory-limit", "50MB", "--out", tmp_path / "run")
+    least = min(memory.estimate(presets.load("quickstart"), 1, plan, gpu=False) for plan in memory.CPU_LADDER)
+    assert (outcome.status, outcome.out, len(outcome.err.strip().splitlines())) == (2, "", 1)
+    assert outcome.err.startswith("tdpo: 50.0 MB of memory are too little: the smallest plan needs about ") and f"{least / 1e6:.1f} MB" in outcome.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_shows_the_plan_of_a_limit():
+    roomy, tight = (
+        json.loads(tdpo("train", "--preset", "aesthetic", "--dry-run", "--json", *limit).out) for limit in ((), ("--memory-limit", "14GB"))
+    )
+    assert tight["peak_memory_bytes"] <= 14e9 < roomy["peak_memory_bytes"] + 14e9
+    assert tight["plan"]["park"]
+    assert tdpo("train", "--dry-run", "--memory-limit", "1MB").status == 2
+
+
+def test_a_smaller_plan_ends_somewhere():
+    plan, seen = memory.CPU_LADDER[0], []
+    while plan := plan.smaller(10):
+        seen.append((plan.micro_batch, plan.checkpointing))
+    assert seen == [(5, False), (2, False), (1, False), (1, True)]
+
+
+def test_gradients_are_the_same_with_checkpointing():
+    from tdpo_cli import models
+
+    grads = []
+    for checkpointing in (False, True):
+        policy = models.load(Preset().model.__class__(base="sandbox", lora_rank=2, dtype="fp32"))
+        policy.set_schedule(4, 1.0)
+        policy.cut_up(checkpointing, compile=False)
+        x, k = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 2])
+        policy.transition(x, k, policy.encode(["a", "b"]), 3.0).log_prob(x).sum().backward()
+        grads.append(torch.cat([parameter.grad.flatten() for parameter in policy.trainable.values()]))
+    assert grads[0].abs().max() > 0 and torch.allclose(*grads, rtol=1e-5, atol=1e-9)

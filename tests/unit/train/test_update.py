@@ -1,0 +1,321 @@
+"""Facts about one inner epoch of optimizer steps."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from helpers import LinearPolicy, make_preset, make_trajectory
+
+from tdpo_cli.algorithms.critic import Critic
+from tdpo_cli.errors import WorkError
+from tdpo_cli.machine.world import World
+from tdpo_cli.randomness import Randomness, unshuffled
+from tdpo_cli.train.update import (
+    Observer,
+    approx_kl,
+    critic_loss,
+    make_optimizers,
+    policy_loss,
+    summarise,
+    total_loss,
+    update,
+)
+from tdpo_cli.types import Credit
+
+# ratio, advantage, clip range -> loss, clipped: -min(A r, A clip(r)) by hand
+POLICY_TABLE = [
+    (1.00, 2.0, 0.1, -2.0, False),
+    (1.05, 2.0, 0.1, -2.1, False),  # inside the range the ratio counts
+    (1.30, 2.0, 0.1, -2.2, True),  # a good step that already became likelier: no more credit
+    (0.70, 2.0, 0.1, -1.4, False),  # a good step that became less likely: full pull back
+    (0.70, -2.0, 0.1, 1.8, True),  # a bad step that already became less likely
+    (1.30, -2.0, 0.1, 2.6, False),  # a bad step that became likelier: full push
+    (1.30, 0.0, 0.1, 0.0, False),
+]
+
+
+@pytest.mark.parametrize("ratio, advantage, clip_range, loss, clipped", POLICY_TABLE)
+def test_policy_loss_by_hand(ratio, advantage, clip_range, loss, clipped):
+    ratio = torch.tensor([ratio], dtype=torch.float64, requires_grad=True)
+    losses, binds = policy_loss(ratio, torch.tensor([advantage], dtype=torch.float64), clip_range)
+    assert losses.item() == pytest.approx(loss)
+    assert binds.item() is clipped
+    losses.sum().backward()
+    assert ratio.grad.item() == pytest.approx(0 if clipped else -advantage)
+
+
+# value, old value, return, clip range -> loss, clipped
+CRITIC_TABLE = [
+    (1.0, 1.0, 3.0, 0.2, 2.0, False),
+    (1.1, 1.0, 3.0, 0.2, 0.5 * 1.9**2, False),
+    (2.0, 1.0, 3.0, 0.2, 0.5 * 1.8**2, True),  # moved past the range towards the return: clipped at 1.2
+    (0.0, 1.0, 3.0, 0.2, 0.5 * 3.0**2, False),  # moved away: the worse of both is its own
+    (4.0, 1.0, 3.0, 0.2, 0.5 * 1.8**2, True),  # overshot, but less than the clipped value lags
+    (2.0, 1.0, 3.0, 0.0, 0.5, False),  # 0: no clipping
+]
+
+
+@pytest.mark.parametrize("value, old_value, target, clip_range, loss, clipped", CRITIC_TABLE)
+def test_critic_loss_by_hand(value, old_value, target, clip_range, loss, clipped):
+    column = lambda x: torch.tensor([x], dtype=torch.float64)
+    losses, binds = critic_loss(column(value), column(old_value), column(target), clip_range)
+    assert losses.item() == pytest.approx(loss)
+    assert binds.item() is clipped
+
+
+def test_approx_kl_by_hand():
+    log_ratios = torch.tensor([0.0, 0.5, -0.5])
+    expected = (0 + (math.exp(0.5) - 1.5) + (math.exp(-0.5) - 0.5)) / 3
+    assert approx_kl(log_ratios).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_total_loss_weighs_the_critic():
+    assert total_loss(torch.tensor(2.0), torch.tensor(3.0), 0.5).item() == 3.5
+    assert total_loss(torch.tensor(2.0), None, 0.5).item() == 2.0
+
+
+# --- the pass -----------------------------------------------------------------------------------------------------------
+class Setup:
+    """6 samples of 3 steps, credit from seeded numbers, everything an update needs."""
+
+    def __init__(self, micro_batch=64, samples=6, **settings):
+        settings = {
+            "rollout__samples_per_epoch": samples, "rollout__steps": 3, "update__batch_size": 3, "rollout__guidance_scale": 1.0,
+            "update__clip_range": 0.1, "update__learning_rate": 1e-2, "update__critic_learning_rate": 1e-2,
+            "algorithm__critic_init_std": 0.1, **settings,
+        }  # fmt: skip
+        self.preset = make_preset(**settings)
+        self.micro_batch = micro_batch
+        self.policy = LinearPolicy(steps=3)
+        self.everyone = make_trajectory(self.policy, samples)
+        self.policy.calls.clear()
+        self.critic = Critic(5, 0.1) if self.preset.has_critic else None
+        if self.critic:
+            self.critic.initialise(torch.Generator().manual_seed(0))
+        self.optimizers = make_optimizers(self.policy, self.critic, self.preset)
+        advantages, returns = torch.randn(2, samples, 3, generator=torch.Generator().manual_seed(5)).double()
+        self.credit = Credit(advantages, returns, returns[:, 0], None)
+        self.plan = unshuffled(samples, 3).first_columns(self.preset.trained_steps)
+
+    def run(self, observer=None):
+        return update(
+            self.policy, self.critic, self.optimizers, self.everyone, self.credit, self.plan, self.preset,
+            Randomness(3), 0, self.micro_batch, World(), observer or Observer(),
+        )  # fmt: skip
+
+    @property
+    def weights(self):
+        networks = [self.policy.weight, self.policy.bias, *(self.critic.parameters() if self.critic else [])]
+        return torch.cat([weight.detach().flatten() for weight in networks]).clone()
+
+
+def test_ratio_drift_is_zero_at_the_first_step_and_not_later():
+    steps = Setup().run()
+    assert steps[0].log_ratios.abs().max() == 0
+    # the second slot is scored under moved weights
+    assert steps[-1].log_ratios.abs().max() > 1e-4
+    assert summarise(steps, World())["ratio_drift"] == 0
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 64])
+def test_any_micro_batch_gives_the_same_weights(micro_batch):
+    reference, other = Setup(micro_batch=3), Setup(micro_batch=micro_batch)
+    start = reference.weights
+    reference.run()
+    other.run()
+    assert max(other.policy.calls) == min(micro_batch, 3)
+    assert (reference.weights - start).abs().max() > 1e-2
+    assert other.weights.allclose(reference.weights, rtol=0, atol=1e-6)
+
+
+def test_the_gradient_is_of_the_mean_over_the_effective_batch():
+    setup, seen = Setup(micro_batch=2, algorithm__name="ddpo"), []
+
+    class Watch(Observer):
+        def gradients(self, index):
+            seen.append(setup.policy.bias.grad.item())
+
+    everyone, rows = setup.everyone, torch.arange(3)
+    transition = setup.policy.transition(everyone.latents[rows, 0], torch.zeros(3, dtype=torch.int64), everyone.prompt_embeds[rows], 1.0)
+    ratio = (transition.log_prob(everyone.latents[rows, 1]) - everyone.log_probs[rows, 0]).exp()
+    expected = torch.autograd.grad(policy_loss(ratio, setup.credit.advantages[rows, 0], 0.1)[0].mean(), setup.policy.bias)[0]
+    setup.run(Watch())
+    assert seen[0] == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings, steps, pairs",
+    [
+        ({}, 6, 3),  # 3 slots x 2 batches
+        ({"update__batch_size": 6}, 3, 6),
+        ({"update__timestep_fraction": 0.7}, 4, 3),  # int(3 * 0.7) = 2 slots
+        ({"algorithm__name": "ddpo", "algorithm__update_mode": "all-timesteps"}, 2, 9),
+    ],
+)
+def test_number_and_size_of_optimizer_steps(settings, steps, pairs):
+    setup = Setup(**settings)
+    taken = setup.run()
+    assert len(taken) == steps == setup.preset.updates_per_epoch
+    assert {len(step.sample_index) for step in taken} == {pairs}
+
+
+@pytest.mark.parametrize("mode", ["per-timestep", "all-timesteps"])
+def test_every_pair_is_visited_once(mode):
+    steps = Setup(algorithm__name="ddpo", algorithm__update_mode=mode).run()
+    visited = [pair for step in steps for pair in zip(step.sample_index.tolist(), step.step_index.tolist(), strict=True)]
+    assert sorted(visited) == [(i, k) for i in range(6) for k in range(3)]
+
+
+def test_slots_are_the_outer_loop():
+    assert [step.step_index.tolist() for step in Setup().run()] == [[0] * 3] * 2 + [[1] * 3] * 2 + [[2] * 3] * 2
+
+
+def test_ddpo_has_no_critic_to_update():
+    steps = Setup(algorithm__name="ddpo").run()
+    facts = summarise(steps, World())
+    assert facts["critic_loss"] is facts["critic_clip_fraction"] is facts["critic_grad_norm"] is None
+    assert facts["policy_loss"] is not None
+
+
+def test_training_without_guidance_ignores_the_rollouts():
+    on = Setup(rollout__guidance_scale=5.0)
+    off = Setup(rollout__guidance_scale=5.0, update__guidance=False)
+    # the trajectory was made without guidance, so only `off` finds its own log-probs again
+    assert off.run()[0].log_ratios.abs().max() == 0
+    assert on.run()[0].log_ratios.abs().max() > 1e-3
+
+
+def test_dropout_can_be_switched_off():
+    setup = Setup(algorithm__critic_dropout=False)
+    expected = setup.critic(setup.everyone.image_embeds[:3, 0])
+    assert setup.run()[0].values.allclose(expected, atol=1e-7)
+    assert not Setup().run()[0].values.allclose(expected, atol=1e-4)
+
+
+def test_more_critic_steps_move_the_critic_alone():
+    runs = {}
+    for count in (1, 2):
+        runs[count] = Setup(algorithm__critic_steps=count, algorithm__critic_dropout=False, update__batch_size=6, update__timestep_fraction=0.4)
+        assert len(runs[count].run()) == 1
+    by_hand = Setup(algorithm__critic_dropout=False, update__batch_size=6, update__timestep_fraction=0.4)
+    by_hand.run()
+    embeds, returns, old = by_hand.everyone.image_embeds[:, 0], by_hand.credit.returns[:, 0], by_hand.everyone.values[:, 0]
+    by_hand.optimizers.critic.zero_grad()
+    critic_loss(by_hand.critic(embeds), old, returns, by_hand.preset.update.clip_range_critic)[0].mean().backward()
+    torch.nn.utils.clip_grad_norm_(by_hand.critic.parameters(), by_hand.preset.update.max_grad_norm)
+    by_hand.optimizers.critic.step()
+    for layer, expected, once in zip(runs[2].critic.layers, by_hand.critic.layers, runs[1].critic.layers, strict=True):
+        assert layer.weight.allclose(expected.weight, atol=1e-6)
+        assert not layer.weight.allclose(once.weight, atol=1e-4)
+    assert torch.equal(runs[1].policy.weight, runs[2].policy.weight)
+
+
+def test_critic_coef_scales_the_critics_gradient():
+    norms = [Setup(algorithm__critic_coef=coef).run()[0].critic_grad_norm.item() for coef in (1.0, 0.25)]
+    assert norms[1] == pytest.approx(norms[0] / 4, rel=1e-5)
+
+
+# --- clipping -----------------------------------------------------------------------------------------------------------
+class Gradients(Observer):
+    """Keeps the gradients before and after clipping."""
+
+    def __init__(self, setup):
+        self.setup, self.before, self.after = setup, [], []
+
+    def norms(self):
+        networks = self.setup.policy.trainable.values(), self.setup.critic.parameters()
+        return tuple(torch.cat([p.grad.flatten() for p in network]).norm().item() for network in networks)
+
+    def gradients(self, index):
+        self.before.append(self.norms())
+
+    def after_step(self, step):
+        self.after.append(self.norms())
+
+
+def test_the_two_networks_are_clipped_separately():
+    setup = Setup(update__max_grad_norm=0.05)
+    # a return far away gives the critic a gradient that would starve the policy's, were they clipped together
+    setup.credit = dataclasses.replace(setup.credit, returns=setup.credit.returns * 1000, advantages=setup.credit.advantages * 0.01)
+    watch = Gradients(setup)
+    steps = setup.run(watch)
+    (policy, critic), (policy_after, critic_after) = watch.before[0], watch.after[0]
+    assert policy < 0.05 < critic
+    assert policy_after == pytest.approx(policy, rel=1e-6)
+    assert critic_after == pytest.approx(0.05 * critic / (critic + 1e-6), rel=1e-5)
+    # what is logged is the norm before
+    assert (steps[0].policy_grad_norm.item(), steps[0].critic_grad_norm.item()) == pytest.approx((policy, critic), rel=1e-5)
+
+
+# --- steps that go wrong --------------------------------------------------------------------------------------------------
+def poisoned(setup, sample=0, k=1):
+    """The advantage of one pair becomes NaN: one optimizer step of six cannot be taken."""
+    advantages = setup.credit.advantages.clone()
+    advantages[sample, k] = float("nan")
+    setup.credit = dataclasses.replace(setup.credit, advantages=advantages)
+    return setup
+
+
+class Weights(Observer):
+    def __init__(self, setup):
+        self.setup, self.moved = setup, []
+
+    def before_step(self, index, sample_index, step_index):
+        self.before = self.setup.weights
+
+    def after_step(self, step):
+        self.moved.append(not self.before.equal(self.setup.weights))
+
+
+def test_a_non_finite_gradient_skips_the_step_of_both_networks_and_counts():
+    setup = poisoned(Setup())
+    watch = Weights(setup)
+    steps = setup.run(watch)
+    assert [step.skipped for step in steps] == [False, False, True, False, False, False]
+    assert watch.moved == [True, True, False, True, True, True]
+    facts = summarise(steps, World())
+    assert facts["skipped_steps"] == 1
+    assert all(value is None or math.isfinite(value) for value in facts.values())
+
+
+def test_a_non_finite_critic_skips_the_policys_step_too():
+    setup = Setup()
+    returns = setup.credit.returns.clone()
+    returns[0, 0] = float("inf")
+    setup.credit = dataclasses.replace(setup.credit, returns=returns)
+    watch = Weights(setup)
+    setup.run(watch)
+    assert watch.moved == [False, True, True, True, True, True]
+
+
+def test_an_epoch_of_nothing_but_bad_steps_is_an_error():
+    setup = Setup()
+    setup.credit = dataclasses.replace(setup.credit, advantages=setup.credit.advantages * float("nan"))
+    with pytest.raises(WorkError, match="every optimizer step"):
+        summarise(setup.run(), World())
+
+
+# --- what is logged -------------------------------------------------------------------------------------------------------
+def test_summary_averages_over_all_pairs_of_the_epoch():
+    steps = Setup().run()
+    facts = summarise(steps, World())
+    losses = torch.cat([step.policy_losses for step in steps])
+    assert len(losses) == 18
+    assert facts["policy_loss"] == pytest.approx(losses.mean().item())
+    assert facts["critic_loss"] == pytest.approx(torch.cat([step.critic_losses for step in steps]).mean().item())
+    assert facts["policy_clip_fraction"] == pytest.approx(torch.cat([step.policy_clipped for step in steps]).double().mean().item())
+    assert facts["policy_grad_norm"] == pytest.approx(sum(step.policy_grad_norm.item() for step in steps) / 6)
+    assert facts["approx_kl"] == pytest.approx(approx_kl(torch.cat([step.log_ratios for step in steps]).double()).item())
+
+
+def test_losses_are_double_precision():
+    step = Setup().run()[0]
+    assert step.policy_losses.dtype == step.critic_losses.dtype == torch.float64
+
+
+def test_both_optimizers_read_their_own_learning_rate():
+    setup = Setup(update__learning_rate=0.25, update__critic_learning_rate=0.5, update__adam_beta1=0.8)
+    groups = setup.optimizers.policy.param_groups + setup.optimizers.critic.param_groups
+    assert [group["lr"] for group in groups] == [0.25, 0.5]
+    assert {(group["betas"], group["weight_decay"], group["eps"]) for group in groups} == {((0.8, 0.999), 1e-4, 1e-8)}

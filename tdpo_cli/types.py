@@ -1,13 +1,13 @@
 """The values that travel between rollout, algorithms and update, with the legend of shape letters.
 
 B samples of this process, N samples of all processes in an epoch, b rows of a micro-batch, T denoising steps
-(0 = noisiest), E width of an image embedding, (C, h, w) a latent, (L, D) a prompt's token embeddings.
+(0 = noisiest), S trained ones of them, E width of an image embedding, (C, h, w) a latent of any rank, P distinct prompts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +15,54 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Conditioning:
+    """What a denoiser reads of prompts: named tensors, one row per prompt. Only the family that made it looks inside.
+
+    For example {"embeds": [P,L,D], "pooled": [P,D2], "mask": [P,L], "time_ids": [P,6]}.
+    """
+
+    parts: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.parts.values())))
+
+    def __getitem__(self, rows: Tensor | slice | Sequence[int]) -> Conditioning:
+        """The rows of an index tensor, a slice or a list."""
+        return Conditioning({name: part[rows] for name, part in self.parts.items()})
+
+    def to(self, device: torch.device | str) -> Conditioning:
+        return Conditioning({name: part.to(device) for name, part in self.parts.items()})
+
+    def clone(self) -> Conditioning:
+        return Conditioning({name: part.clone() for name, part in self.parts.items()})
+
+    @staticmethod
+    def cat(several: Sequence[Conditioning]) -> Conditioning:
+        """All rows below each other; texts of different lengths are padded at their ends with 0 or False."""
+        names = several[0].parts
+        return Conditioning({name: torch.cat(_padded([one.parts[name] for one in several])) for name in names})
+
+
+def _padded(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """[b_i,n_i,...] -> [b_i,max n,...], zeros at the end of every dimension but the first."""
+    sizes = [max(dims) for dims in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    if all(list(tensor.shape[1:]) == sizes for tensor in tensors):
+        return list(tensors)
+    padded = []
+    for tensor in tensors:
+        whole = tensor.new_zeros(len(tensor), *sizes)
+        whole[tuple(slice(size) for size in tensor.shape)] = tensor
+        padded.append(whole)
+    return padded
+
+
+@dataclass(frozen=True)
 class Transition:
     """The Gaussian p(x_{t-1} | x_t, c) of one denoising step."""
 
     mean: Tensor  # [b,C,h,w] float32
-    std: Tensor  # [b,1,1,1] float32
+    std: Tensor  # [b,1,1,1] float32; 0 where the step is deterministic
+    x0: Tensor  # [b,C,h,w] float32, the clean image that the network predicts from x_t
 
     def sample(self, noise: Tensor) -> Tensor:
         return self.mean + self.std * noise
@@ -31,22 +74,31 @@ class Transition:
         density = -z_squared - torch.log(self.std) - math.log(math.sqrt(2 * math.pi))
         return density.mean(dim=tuple(range(1, density.ndim)))
 
+    def kl(self, reference: Transition) -> Tensor:
+        """KL(self, reference) of two Gaussians of equal std, the mean over latent elements. -> [b]"""
+        divergence = (self.mean - reference.mean) ** 2 / (2 * self.std**2)
+        return divergence.mean(dim=tuple(range(1, divergence.ndim)))
+
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Every step of a set of samples, in the order of `sample_ids`. Never shuffled in place: shuffle indices."""
+    """The trained steps of a set of samples, in the order of `sample_ids`. Never shuffled in place: shuffle indices.
+
+    Columns are the S trained steps, which follow each other; `steps` says which of the T steps each column is.
+    """
 
     epoch: int
     prompts: tuple[str, ...]  # [B] as drawn
     prompt_keys: tuple[str, ...]  # [B] as the text encoder saw them; statistics per prompt are kept under these
     sample_ids: Tensor  # [B] int64, global within the epoch
-    prompt_embeds: Tensor  # [B,L,D]
-    timesteps: Tensor  # [T] int64
-    latents: Tensor  # [B,T+1,C,h,w] float32; entry k is the state before step k, entry T the final latent
-    log_probs: Tensor  # [B,T] float32, means over latent elements
-    ref_log_probs: Tensor | None  # [B,T], the same transitions under the initial policy
-    image_embeds: Tensor | None  # [B,T,E], of the state before each step; None without a critic
-    values: Tensor | None  # [B,T], the critic's estimate of the return; None without a critic
+    texts: Conditioning  # a row per distinct prompt of the epoch, of all processes; the negative prompt last
+    text_rows: Tensor  # [B] int64, each sample's row of `texts`
+    steps: Tensor  # [S] int64, the index k in [0, T) of each column
+    latents: Tensor  # [B,S+1,C,h,w] float32; entry j is the state before the step of column j
+    log_probs: Tensor  # [B,S] float32, means over latent elements
+    ref_log_probs: Tensor | None  # [B,S], the same transitions under the initial policy
+    image_embeds: Tensor | None  # [B,S,E], of the state before each step; None without a critic
+    values: Tensor | None  # [B,S], the critic's estimate of the return; None without a critic
     images: Tensor  # [B,3,H,W] float32 in [0,1], the final images; none any more once they are scored
 
     def __len__(self) -> int:
@@ -57,18 +109,18 @@ class Trajectory:
 class Credit:
     """What an algorithm makes of an epoch's rewards: how much each step of each sample was worth."""
 
-    advantages: Tensor  # [N,T] float64
-    returns: Tensor  # [N,T] float64
+    advantages: Tensor  # [N,S] float64
+    returns: Tensor  # [N,S] float64
     normed_rewards: Tensor  # [N] float64, the training reward after normalisation, before clipping
     mean_kl: float | None  # mean over samples of the sum over steps of log p - log p_ref
 
 
 @dataclass(frozen=True)
 class ShufflePlan:
-    """The order in which one inner epoch visits (sample, step) pairs: row n, column j -> one pair."""
+    """The order in which one inner epoch visits (sample, column) pairs: row n, column j -> one pair."""
 
-    sample_index: Tensor  # [N,T'] int64
-    step_index: Tensor  # [N,T'] int64
+    sample_index: Tensor  # [N,S'] int64
+    step_index: Tensor  # [N,S'] int64, columns of the trajectory
 
     def first_columns(self, count: int) -> ShufflePlan:
         return ShufflePlan(self.sample_index[:, :count], self.step_index[:, :count])
@@ -77,7 +129,7 @@ class ShufflePlan:
         """The pairs of each optimizer step, as (sample_index [n], step_index [n]).
 
         TDPO takes one optimizer step per batch and timestep slot; DDPO's authors accumulate a batch's gradients over
-        all timesteps (`all_timesteps`), T' times fewer and larger steps.
+        all timesteps (`all_timesteps`), S' times fewer and larger steps.
         """
         rows, columns = self.sample_index.shape
         width = columns if all_timesteps else 1

@@ -16,7 +16,7 @@ from torch import Tensor
 from tdpo_cli import cli
 from tdpo_cli.config import preset as presets
 from tdpo_cli.config.preset import Preset
-from tdpo_cli.types import Trajectory, Transition
+from tdpo_cli.types import Conditioning, Trajectory, Transition
 
 
 def make_preset(**settings: Any) -> Preset:
@@ -25,7 +25,7 @@ def make_preset(**settings: Any) -> Preset:
 
 
 class LinearPolicy:
-    """mean = weight[k] * x_t + bias * mean(embeds) * guidance, std = 0.5: as much of a Policy as the update needs."""
+    """mean = weight[k] * x_t + bias * mean(text) * guidance, std = 0.5: as much of a Policy as the update needs."""
 
     def __init__(self, steps: int = 3, latent_shape: tuple[int, int, int] = (1, 2, 2)):
         self.device = torch.device("cpu")
@@ -36,11 +36,11 @@ class LinearPolicy:
         self.trainable = {"weight": self.weight, "bias": self.bias}
         self.calls: list[int] = []  # rows of every call
 
-    def transition(self, x_t: Tensor, k: Tensor, embeds: Tensor, guidance: float, reference: bool = False) -> Transition:
+    def transition(self, x_t: Tensor, k: Tensor, texts: Conditioning, rows: Tensor, guidance: float, reference: bool = False) -> Transition:
         self.calls.append(len(x_t))
         column = (-1, 1, 1, 1)
-        mean = self.weight[k].view(column) * x_t + self.bias * guidance * embeds.mean(dim=(1, 2)).view(column)
-        return Transition(mean, torch.full((len(x_t), 1, 1, 1), 0.5))
+        mean = self.weight[k].view(column) * x_t + self.bias * guidance * texts[rows].parts["embeds"].mean(dim=(1, 2)).view(column)
+        return Transition(mean, torch.full((len(x_t), 1, 1, 1), 0.5), x0=mean)
 
 
 @torch.no_grad()
@@ -48,10 +48,10 @@ def make_trajectory(policy: LinearPolicy, samples: int, embed_dim: int = 5, guid
     """Samples of the policy with seeded noise, seeded image embeddings and values."""
     draw = torch.Generator().manual_seed(seed)
     steps = len(policy.timesteps)
-    embeds = torch.randn(samples, 2, 3, generator=draw)
+    texts, rows = Conditioning({"embeds": torch.randn(samples, 2, 3, generator=draw)}), torch.arange(samples)
     states, log_probs = [torch.randn(samples, *policy.latent_shape, generator=draw)], []
     for k in range(steps):
-        transition = policy.transition(states[-1], torch.full((samples,), k), embeds, guidance)
+        transition = policy.transition(states[-1], torch.full((samples,), k), texts, rows, guidance)
         states.append(transition.sample(torch.randn(samples, *policy.latent_shape, generator=draw)))
         log_probs.append(transition.log_prob(states[-1]))
     return Trajectory(
@@ -59,8 +59,9 @@ def make_trajectory(policy: LinearPolicy, samples: int, embed_dim: int = 5, guid
         prompts=tuple("ab"[i % 2] for i in range(samples)),
         prompt_keys=tuple("ab"[i % 2] for i in range(samples)),
         sample_ids=torch.arange(samples),
-        prompt_embeds=embeds,
-        timesteps=policy.timesteps,
+        texts=texts,
+        text_rows=rows,
+        steps=torch.arange(steps),
         latents=torch.stack(states, dim=1),
         log_probs=torch.stack(log_probs, dim=1),
         ref_log_probs=None,

@@ -58,7 +58,7 @@ class World:
         with _exchange("prompts"):
             torch.distributed.all_gather_object(texts, (trajectory.prompts, trajectory.prompt_keys), group=self.cpu_group)
         prompts, keys = (sum(column, ()) for column in zip(*texts, strict=True))
-        per_sample = {f.name: getattr(trajectory, f.name) for f in dataclasses.fields(trajectory) if f.name not in ("timesteps", "images")}
+        per_sample = {f.name: getattr(trajectory, f.name) for f in dataclasses.fields(trajectory) if f.name not in ("steps", "texts", "images")}
         columns = {name: value for name, value in per_sample.items() if isinstance(value, Tensor)}
         columns |= {f"scores/{name}": score for name, score in scores.items()}
         whole = self._gather_rows(columns, [len(theirs) for theirs, _ in texts])

@@ -13,7 +13,7 @@ from tdpo_cli.machine.transfer import room, send
 from tdpo_cli.models import Policy
 from tdpo_cli.randomness import Randomness
 from tdpo_cli.rewards.backbones import ImageEncoder
-from tdpo_cli.sampling.generate import denoise
+from tdpo_cli.sampling.generate import denoise, encode
 from tdpo_cli.types import Trajectory
 
 DECODE_CHUNK = 48  # images per VAE and encoder call; larger is slower again on a CPU
@@ -47,19 +47,19 @@ def rollout(
     log_probs = torch.empty(count, steps, device=policy.device)
     ref_log_probs = torch.empty(count, steps, device=policy.device) if reference else None
     with torch.inference_mode():
-        prompt_embeds = policy.encode(drawn)
+        texts, text_rows = encode(policy, drawn)
         for start in range(0, count, micro_batch):
             batch = slice(start, start + micro_batch)
-            ids, embeds = sample_ids[batch], prompt_embeds[batch]
+            ids, rows = sample_ids[batch], text_rows[batch]
             x_T = send(randomness.initial_latents(epoch, ids, shape), policy.device)
             noise = lambda k, ids=ids: randomness.step_noise(epoch, k, ids, shape)
             latents[batch, 0].copy_(x_T, non_blocking=True)
-            for k, x_t, transition, x_next in denoise(policy, embeds, x_T, noise, guidance):
+            for k, x_t, transition, x_next in denoise(policy, texts, rows, x_T, noise, guidance):
                 latents[batch, k + 1].copy_(x_next, non_blocking=True)
                 log_probs[batch, k] = transition.log_prob(x_next)
                 if ref_log_probs is not None:
                     step = torch.full((len(x_t),), k, device=x_t.device)
-                    ref_log_probs[batch, k] = policy.transition(x_t, step, embeds, guidance, reference=True).log_prob(x_next)
+                    ref_log_probs[batch, k] = policy.transition(x_t, step, texts, rows, guidance, reference=True).log_prob(x_next)
                 on_step(len(ids))
         if policy.device.type == "cuda" and offload:
             torch.cuda.current_stream(policy.device).synchronize()  # copies to main memory are under way until now
@@ -73,8 +73,9 @@ def rollout(
         prompts=tuple(drawn),
         prompt_keys=_normal_forms(policy, drawn),
         sample_ids=torch.as_tensor(list(sample_ids), dtype=torch.int64),
-        prompt_embeds=prompt_embeds.clone(),
-        timesteps=policy.timesteps.clone(),
+        texts=texts.clone(),
+        text_rows=text_rows.clone(),
+        steps=torch.arange(steps),
         latents=latents,
         log_probs=log_probs,
         ref_log_probs=ref_log_probs,

@@ -15,7 +15,7 @@ from tdpo_cli.machine.transfer import rows, send
 from tdpo_cli.machine.world import World
 from tdpo_cli.models import Policy
 from tdpo_cli.randomness import Randomness
-from tdpo_cli.types import Credit, ShufflePlan, Trajectory
+from tdpo_cli.types import Conditioning, Credit, ShufflePlan, Trajectory
 
 
 # --- the losses, per pair ---------------------------------------------------------------------------------------------
@@ -159,7 +159,9 @@ def update(
 def _brought(record: Trajectory | Credit, device: torch.device) -> Trajectory | Credit:
     """The small columns on the device, once and not at every micro-step; latents stay where they are."""
     columns = {name: value for name, value in vars(record).items() if isinstance(value, Tensor) and name not in ("latents", "images", "sample_ids")}
-    return replace(record, **{name: send(value, device) for name, value in columns.items()})
+    if isinstance(record, Trajectory):
+        columns["texts"] = record.texts
+    return replace(record, **{name: value.to(device) if isinstance(value, Conditioning) else send(value, device) for name, value in columns.items()})
 
 
 def _policy_backward(
@@ -176,7 +178,7 @@ def _policy_backward(
         stored = rows(everyone.latents, sample, k)
         x_t, x_next = (send(everyone.latents[stored[0], stored[1] + next_], device) for next_ in (0, 1))
         sample, k = send(sample, device), send(k, device)
-        transition = policy.transition(x_t, k, everyone.prompt_embeds[sample], guidance)
+        transition = policy.transition(x_t, everyone.steps[k], everyone.texts, everyone.text_rows[sample], guidance)
         log_prob = transition.log_prob(x_next)
         log_ratio = log_prob - everyone.log_probs[sample, k]
         ratio = log_ratio.exp()

@@ -13,7 +13,7 @@ from tdpo_cli.algorithms.critic import Critic
 from tdpo_cli.config import preset as presets
 from tdpo_cli.config.preset import Preset
 from tdpo_cli.models.families.sd import StableDiffusion
-from tdpo_cli.types import Trajectory
+from tdpo_cli.types import Conditioning, Trajectory
 
 KEPT = Path(__file__).parent.parent / "data" / "trace_a"  # the trace in the project, without its full states
 
@@ -116,8 +116,9 @@ class Trace:
             prompts=tuple(self.epochs[epoch]["prompts"]),
             prompt_keys=tuple(self.epochs[epoch]["prompts_decoded"]),
             sample_ids=torch.arange(len(self.epochs[epoch]["prompts"])),
-            prompt_embeds=self[e + "prompt_embeds"],
-            timesteps=policy.timesteps,
+            texts=Conditioning({"embeds": torch.cat([self[e + "prompt_embeds"], policy.encode([]).parts["embeds"]])}),
+            text_rows=torch.arange(len(self.epochs[epoch]["prompts"])),
+            steps=torch.arange(len(policy.timesteps)),
             latents=self[e + "latents"],
             log_probs=self[e + "log_probs"].clone(),
             ref_log_probs=self.tensors.get(e + self.ref_log_probs_name),

@@ -105,7 +105,7 @@ class Replay:
 
     # --- parts ----------------------------------------------------------------------------------------------------------
     def _initial(self) -> None:
-        self.compare("init/neg_prompt_embed", self.policy.encode([""]), TEXT)
+        self.compare("init/neg_prompt_embed", self.policy.encode([]).parts["embeds"], TEXT)
 
     def _epoch(self, epoch: int) -> None:
         recorded = self.trace.recorded_trajectory(epoch, self.policy)
@@ -127,8 +127,8 @@ class Replay:
         )  # fmt: skip
         self.inputs |= {e + "noise"}
         self.compare(e + "prompt_ids", self.policy._tokenize(recorded.prompts), 0)
-        self.compare(e + "prompt_embeds", ours.prompt_embeds, TEXT)
-        self.compare(e + "timesteps", ours.timesteps.expand(len(recorded), -1), 0)
+        self.compare(e + "prompt_embeds", ours.texts[ours.text_rows].parts["embeds"], TEXT)
+        self.compare(e + "timesteps", self.policy.timesteps[ours.steps].expand(len(recorded), -1), 0)
         self.compare(e + "latents", ours.latents, LATENT)
         self.compare(e + "log_probs", ours.log_probs, 10 * LOG_PROB)
         if ours.ref_log_probs is not None:
@@ -143,7 +143,7 @@ class Replay:
         with torch.no_grad():
             predictions, references, levels = [], [], []
             for k in range(settings.steps):
-                inputs = recorded.latents[:, k], torch.full((len(recorded),), k), recorded.prompt_embeds, settings.guidance_scale
+                inputs = recorded.latents[:, k], torch.full((len(recorded),), k), recorded.texts, recorded.text_rows, settings.guidance_scale
                 predictions.append(self.policy.predict(*inputs))
                 references += [self.policy.predict(*inputs, reference=True)] if self.preset.needs_reference else []
                 levels.append((self.policy.decode(recorded.latents[:, k]) * 255).round())
@@ -304,7 +304,7 @@ class Watcher(updates.Observer):
         with torch.no_grad():
             for row, (n, k) in enumerate(zip(sample_index.split(batch), step_index.split(batch), strict=True)):
                 self._hold_off_the_edge(index * (len(sample_index) // batch) + row, n, k, guidance)
-                self.predictions.append(replay.policy.predict(recorded.latents[n, k], k, recorded.prompt_embeds[n], guidance))
+                self.predictions.append(replay.policy.predict(recorded.latents[n, k], k, recorded.texts, recorded.text_rows[n], guidance))
 
     def _settled(self, ours: Tensor, index: int) -> Tensor:
         """Adam divides by the gradient's own size: where its mean is a thousandth of the largest or less, rounding decides the
@@ -324,7 +324,7 @@ class Watcher(updates.Observer):
         edge = ((recorded_ratio.exp() - 1).abs() - clip_range).abs() < KNIFE_EDGE
         if edge.any():
             x_t, x_next = self.recorded.latents[n, k], self.recorded.latents[n, k + 1]
-            log_prob = self.replay.policy.transition(x_t, k, self.recorded.prompt_embeds[n], guidance).log_prob(x_next)
+            log_prob = self.replay.policy.transition(x_t, k, self.recorded.texts, self.recorded.text_rows[n], guidance).log_prob(x_next)
             self.recorded.log_probs[n[edge], k[edge]] = (log_prob - recorded_ratio)[edge]
             self.replay.knife_edges += int(edge.sum())
 

@@ -19,7 +19,7 @@ from tdpo_cli.models import adapter
 from tdpo_cli.models.loading import component, latent_size, must_fit, read_scheduler_config
 from tdpo_cli.models.samplers import ddim
 from tdpo_cli.randomness import Randomness
-from tdpo_cli.types import Transition
+from tdpo_cli.types import Conditioning, Transition
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -44,7 +44,7 @@ class StableDiffusion:
         self.trainable: dict[str, nn.Parameter] = {}
         self.reference_unet: UNet2DConditionModel | None = None  # only when the whole UNet trains
         self.autocast_dtype: torch.dtype | None = None  # only when fp32 weights are trained in half precision
-        self._negative = self.encode([negative_prompt])  # [1,L,D]
+        self._negative = self._embeds([negative_prompt])  # [1,L,D]
         self._warned_about_length = False
 
     # --- text -----------------------------------------------------------------------------------------------------------
@@ -63,13 +63,14 @@ class StableDiffusion:
         """The prompt as the text encoder saw it: lower case, truncated. Prompts are told apart by it."""
         return self.tokenizer.decode(self._tokenize([prompt])[0], skip_special_tokens=True)
 
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """A row per prompt, and the negative prompt's last."""
+        return Conditioning({"embeds": torch.cat([*([self._embeds(prompts)] if prompts else []), self._negative])})
+
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Token embeddings [b,L,D]; each distinct prompt goes through the encoder once."""
-        distinct = list(dict.fromkeys(prompts))
-        chunks = [self.text_encoder(self._tokenize(distinct[i : i + 64]).to(self.device))[0] for i in range(0, len(distinct), 64)]
-        row = {prompt: i for i, prompt in enumerate(distinct)}
-        return torch.cat(chunks)[[row[prompt] for prompt in prompts]]
+    def _embeds(self, prompts: Sequence[str]) -> Tensor:
+        chunks = [self.text_encoder(self._tokenize(prompts[i : i + 64]).to(self.device))[0] for i in range(0, len(prompts), 64)]
+        return torch.cat(chunks)
 
     # --- denoising ------------------------------------------------------------------------------------------------------
     def set_schedule(self, steps: int, eta: float) -> None:
@@ -84,14 +85,14 @@ class StableDiffusion:
                 f"{self.scheduler_config.get('timestep_spacing', 'leading')!r} (`leading` works)."
             )
 
-    def predict(self, x_t: Tensor, k: Tensor, embeds: Tensor, guidance: float, reference: bool = False) -> Tensor:
+    def predict(self, x_t: Tensor, k: Tensor, texts: Conditioning, rows: Tensor, guidance: float, reference: bool = False) -> Tensor:
         """The network's prediction at step k, guided (Ho & Salimans 2022) if guidance > 1. x_t [b,C,h,w], k [b] -> [b,C,h,w]"""
         unet, adapter = self._network(reference)
         t = self.timesteps[k]
         guided = guidance > 1
         if guided:
-            negative = self._negative.expand(len(x_t), -1, -1)
-            x_t, t, embeds = torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([negative, embeds])
+            x_t, t, rows = torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([torch.full_like(rows, len(texts) - 1), rows])
+        embeds = texts[rows].parts["embeds"]
         autocast = torch.autocast(self.device.type, self.autocast_dtype) if self.autocast_dtype else nullcontext()
         with adapter, autocast:
             prediction = unet(x_t.to(unet.dtype), t, encoder_hidden_states=embeds.to(unet.dtype), return_dict=False)[0]
@@ -100,9 +101,9 @@ class StableDiffusion:
         unconditional, conditional = prediction.chunk(2)
         return unconditional + guidance * (conditional - unconditional)
 
-    def transition(self, x_t: Tensor, k: Tensor, embeds: Tensor, guidance: float, reference: bool = False) -> Transition:
-        """p(x_{t-1} | x_t, c) of step k; rollout and update both come here."""
-        return ddim.transition(self.predict(x_t, k, embeds, guidance, reference), x_t, k, self.schedule)
+    def transition(self, x_t: Tensor, k: Tensor, texts: Conditioning, rows: Tensor, guidance: float, reference: bool = False) -> Transition:
+        """p(x_{t-1} | x_t, c) of step k; rollout and update both call it."""
+        return ddim.transition(self.predict(x_t, k, texts, rows, guidance, reference), x_t, k, self.schedule)
 
     def _network(self, reference: bool):
         if not reference:

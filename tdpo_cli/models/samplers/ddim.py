@@ -105,7 +105,7 @@ def transition(prediction: Tensor, x_t: Tensor, k: Tensor, schedule: Schedule) -
 
     # never below 0 but by rounding (eta 1, zero terminal SNR)
     direction = (1 - abar_prev - sigma_t**2).clamp(min=0) ** 0.5 * eps
-    return Transition(mean=abar_prev**0.5 * x_0 + direction, std=sigma_t)
+    return Transition(mean=abar_prev**0.5 * x_0 + direction, std=sigma_t, x0=x_0)
 
 
 def _threshold(x_0: Tensor, ratio: float, largest: float) -> Tensor:

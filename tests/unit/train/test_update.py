@@ -137,7 +137,7 @@ def test_the_gradient_is_of_the_mean_over_the_effective_batch():
             seen.append(setup.policy.bias.grad.item())
 
     everyone, rows = setup.everyone, torch.arange(3)
-    transition = setup.policy.transition(everyone.latents[rows, 0], torch.zeros(3, dtype=torch.int64), everyone.prompt_embeds[rows], 1.0)
+    transition = setup.policy.transition(everyone.latents[rows, 0], torch.zeros(3, dtype=torch.int64), everyone.texts, everyone.text_rows[rows], 1.0)
     ratio = (transition.log_prob(everyone.latents[rows, 1]) - everyone.log_probs[rows, 0]).exp()
     expected = torch.autograd.grad(policy_loss(ratio, setup.credit.advantages[rows, 0], 0.1)[0].mean(), setup.policy.bias)[0]
     setup.run(Watch())

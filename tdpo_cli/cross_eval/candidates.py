@@ -13,7 +13,7 @@ from tdpo_cli import rewards
 from tdpo_cli.config import preset, prompts
 from tdpo_cli.config.preset import Preset
 from tdpo_cli.errors import RequestError
-from tdpo_cli.models import adapter, checkpoints
+from tdpo_cli.models import checkpoints, lora_file
 from tdpo_cli.models.checkpoints import Source
 from tdpo_cli.rewards import scoring
 from tdpo_cli.storage.run_dir import RunDir, epoch_name, epochs_in, hash_file
@@ -123,7 +123,7 @@ def network(sampling: Sampling) -> preset.Model:
 def _model(one: _Found, group: str, base: str) -> Model:
     how = sampling(one.source.preset)
     if how.start_from is not None and not (Path(how.start_from) / "unet").is_dir():
-        adapter.check(adapter.find(Path(how.start_from)))
+        lora_file.check(lora_file.find(Path(how.start_from)))
     digests = hashes(how.start_from)
     if one.run is None:
         return Model(group, base, None, None, group, None, None, None, None, how, digests)
@@ -168,7 +168,7 @@ def _names(places: Sequence[Path], taken: set[str]) -> dict[Path, str]:
 
 def _shown(place: Path) -> Path:
     """What a place is called: a LoRA file under the usual name like its folder, other files without their suffix."""
-    if place.name == adapter.FILE:
+    if place.name == lora_file.FILE:
         return place.parent
     return place.with_suffix("") if place.suffix == ".safetensors" else place
 

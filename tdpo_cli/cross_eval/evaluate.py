@@ -18,6 +18,7 @@ from tdpo_cli.cross_eval.candidates import Model, hashes, network
 from tdpo_cli.cross_eval.cross_eval.folder import Folder, Part, write_json
 from tdpo_cli.errors import RequestError, WorkError, first_line
 from tdpo_cli.machine import memory
+from tdpo_cli.models.policy import Policy
 from tdpo_cli.overoptimisation import statistics
 from tdpo_cli.randomness import Randomness
 from tdpo_cli.rewards import scoring
@@ -107,7 +108,7 @@ def image_name(prompt: int, image: int) -> str:
     return f"{prompt:04d}-{image:02d}.png"
 
 
-def _load(model: Model, device: torch.device) -> models.Policy:
+def _load(model: Model, device: torch.device) -> Policy:
     """Raises RequestError, also where the weights are gone or others than when the evaluation began."""
     weights = model.sampling.start_from
     if weights is not None and not Path(weights).exists():

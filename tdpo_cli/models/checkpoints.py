@@ -10,7 +10,7 @@ from typing import Any
 from tdpo_cli.config import preset as presets
 from tdpo_cli.config.preset import Preset
 from tdpo_cli.errors import RequestError
-from tdpo_cli.models.adapter import FILE as LORA_FILE
+from tdpo_cli.models.lora_file import FILE as LORA_FILE
 from tdpo_cli.storage.run_dir import RunDir
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tdpo_cli import __version__
 from tdpo_cli.console import Console
 from tdpo_cli.errors import RequestError
-from tdpo_cli.models import adapter, checkpoints, kohya
+from tdpo_cli.models import checkpoints, kohya, lora_file
 from tdpo_cli.storage import disk
 from tdpo_cli.storage.run_dir import RunDir
 
@@ -37,11 +37,11 @@ def run(checkpoint: str, format_: str, out: Path | None, epoch: int | None, cons
     if out.exists():
         raise RequestError(f"{out} exists already; choose another --out.")
 
-    state = adapter.read(folder)
+    state = lora_file.read(folder)
     try:
         converted, facts = kohya.convert(state), kohya.metadata(state, out.stem)
     except RequestError as error:
-        raise RequestError(f"{adapter.find(folder)}: {error}") from None
+        raise RequestError(f"{lora_file.find(folder)}: {error}") from None
     metadata = facts | _training(folder)
     disk.make(out.parent)
     with disk.whole(out) as aside:

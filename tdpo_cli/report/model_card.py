@@ -11,7 +11,7 @@ from typing import Any
 from tdpo_cli import __version__
 from tdpo_cli.config.preset import Preset
 from tdpo_cli.errors import WorkError
-from tdpo_cli.models.adapter import FILE as LORA_FILE
+from tdpo_cli.models.lora_file import FILE as LORA_FILE
 from tdpo_cli.overoptimisation import verdict
 from tdpo_cli.storage import run_dir
 

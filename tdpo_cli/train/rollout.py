@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tdpo_cli.algorithms.critic import Critic
 from tdpo_cli.machine.transfer import room, send
-from tdpo_cli.models import Policy
+from tdpo_cli.models.policy import Policy
 from tdpo_cli.randomness import Randomness
 from tdpo_cli.rewards.backbones import ImageEncoder
 from tdpo_cli.sampling.generate import denoise, encode

@@ -13,6 +13,7 @@ from tdpo_cli.config import prompts
 from tdpo_cli.config.preset import Preset
 from tdpo_cli.machine import memory
 from tdpo_cli.machine.world import World
+from tdpo_cli.models.policy import Policy
 from tdpo_cli.randomness import Randomness
 from tdpo_cli.rewards import Reward, scoring
 from tdpo_cli.rewards.backbones import Backbones, ImageEncoder
@@ -26,7 +27,7 @@ class Job:
 
     preset: Preset
     world: World
-    policy: models.Policy
+    policy: Policy
     rewards: dict[str, Reward]
     encoder: ImageEncoder | None
     critic: Critic | None

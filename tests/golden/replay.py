@@ -103,6 +103,10 @@ class Replay:
             pair = (torch.tensor([float("nan") if x is None else x], dtype=torch.float64) for x in (ours, recorded))
             self.comparisons.append(Comparison(name, *pair, tolerance, relative))
 
+    def tokenize(self, prompts) -> Tensor:
+        tokenizer = self.policy.family.pipeline.tokenizer
+        return tokenizer(list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids
+
     # --- parts ----------------------------------------------------------------------------------------------------------
     def _initial(self) -> None:
         self.compare("init/neg_prompt_embed", self.policy.encode([]).parts["embeds"], TEXT)
@@ -126,7 +130,7 @@ class Replay:
             settings.guidance_scale, self.preset.needs_reference, self.trace.config["sample"]["batch_size"],
         )  # fmt: skip
         self.inputs |= {e + "noise"}
-        self.compare(e + "prompt_ids", self.policy._tokenize(recorded.prompts), 0)
+        self.compare(e + "prompt_ids", self.tokenize(recorded.prompts), 0)
         self.compare(e + "prompt_embeds", ours.texts[ours.text_rows].parts["embeds"], TEXT)
         self.compare(e + "timesteps", self.policy.timesteps[ours.steps].expand(len(recorded), -1), 0)
         self.compare(e + "latents", ours.latents, LATENT)

@@ -45,11 +45,11 @@ def half_policy():
     """Networks in bf16, as on a GPU; the LoRA stays fp32."""
     policy = models.load(Model(base=TINY, lora_rank=2))
     with torch.no_grad():
-        for network in (policy.unet, policy.vae, policy.text_encoder):
+        for network in (policy.family.network, policy.family.pipeline.vae, policy.family.pipeline.text_encoder):
             for name, parameter in network.named_parameters():
                 if "lora_" not in name:
                     parameter.data = parameter.data.bfloat16()
-    policy._negative = policy.encode([""])
+    policy._negative = policy.family.encode([""])
     policy.set_schedule(10, 1.0)
     return policy
 
@@ -60,7 +60,7 @@ def log_ratios(policy, trajectory, latents):
     columns = []
     for k in range(len(policy.timesteps)):
         step = torch.full((len(trajectory),), k)
-        transition = policy.transition(latents[:, k], step, trajectory.prompt_embeds, 5.0)
+        transition = policy.transition(latents[:, k], step, trajectory.texts, trajectory.text_rows, 5.0)
         columns.append(transition.log_prob(latents[:, k + 1]) - trajectory.log_probs[:, k])
     return torch.stack(columns, dim=1)
 

@@ -20,7 +20,7 @@ from tdpo_cli.console import Console
 from tdpo_cli.errors import RequestError, WorkError
 from tdpo_cli.machine import memory
 from tdpo_cli.machine.world import World
-from tdpo_cli.models.families.sd import StableDiffusion
+from tdpo_cli.models.policy import Policy
 from tdpo_cli.overoptimisation import verdict
 from tdpo_cli.rewards import scoring
 from tdpo_cli.rewards.backbones import Backbones
@@ -233,7 +233,8 @@ def base():
     from pathlib import Path
 
     other = Path(__file__).parents[2] / "data/trace_a/model/pipeline"
-    assert start({"model.base": str(other)}).policy.unet.config["block_out_channels"] != start({}).policy.unet.config["block_out_channels"]
+    widths = [start(given).policy.family.network.config["block_out_channels"] for given in ({"model.base": str(other)}, {})]
+    assert widths[0] != widths[1]
 
 
 def start_from(tmp_path):
@@ -248,9 +249,9 @@ def dtype():
     for name, expected in (("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)):
         model = dataclasses.replace(settings_of({}).model, dtype=name)
         policy = models.load(model, device="meta")
-        assert {policy.unet.conv_in.weight.dtype, policy.vae.dtype, policy.text_encoder.dtype} == {expected}
+        assert {policy.family.network.conv_in.weight.dtype, policy.family.pipeline.vae.dtype, policy.family.pipeline.text_encoder.dtype} == {expected}
         assert {p.dtype for p in policy.trainable.values()} == {torch.float32}
-        assert models.load(model, device="cpu").unet.conv_in.weight.dtype == torch.float32
+        assert models.load(model, device="cpu").family.network.conv_in.weight.dtype == torch.float32
     half, whole = (memory.estimate(presets.load("hpsv2", [("model.dtype", name)])) for name in ("fp16", "fp32"))
     assert half < whole
 
@@ -354,18 +355,18 @@ def max_bad_steps(monkeypatch):
         transition = real(self, *args, **kwargs)
         return dataclasses.replace(transition, mean=transition.mean * float("nan")) if torch.is_grad_enabled() and next(bad) else transition
 
-    real = StableDiffusion.transition
+    real = Policy.transition
     for limit, stops in ((2, True), (3, False)):
         bad = iter([True, True] + [False] * 20)
         job = start({"run.max_bad_steps": limit})
-        monkeypatch.setattr(StableDiffusion, "transition", broken)
+        monkeypatch.setattr(Policy, "transition", broken)
         if stops:
             with pytest.raises(WorkError, match="2 optimizer steps with a non-finite loss"):
                 train._epoch(job, 0, Console(quiet=True))
         else:
             row = train._epoch(job, 0, Console(quiet=True))
             assert row["skipped_steps"] == 2 and row["updates"] == 2
-        monkeypatch.setattr(StableDiffusion, "transition", real)
+        monkeypatch.setattr(Policy, "transition", real)
 
 
 def optimizer(monkeypatch):
@@ -401,7 +402,7 @@ def memory_limit(tmp_path):
 def compiled():
     """run.compile: the UNet's transformer blocks, and nothing unless asked for."""
     for wanted in (True, False):
-        unet = start({"run.compile": wanted}).policy.unet
+        unet = start({"run.compile": wanted}).policy.family.network
         blocks = [module for module in unet.modules() if type(module).__name__ == "BasicTransformerBlock"]
         assert blocks and {module._compiled_call_impl is not None for module in blocks} == {wanted}
 
@@ -459,30 +460,31 @@ def test_every_choice_of_an_option_is_tried(key):
 # --- the reference ------------------------------------------------------------------------------------------------------
 def test_the_reference_of_a_lora_is_the_network_without_it():
     policy = run_with({"algorithm.reference": True})["job"].policy
-    assert policy.reference_unet is None  # no second network
+    assert not hasattr(policy.adapter, "reference")  # no second network
     fresh = start({}).policy
     x_t, k = torch.randn(1, *policy.latent_shape, generator=torch.Generator().manual_seed(0)), torch.tensor([0])
+    texts, rows = policy.encode(["a red circle"]), torch.tensor([0])
     with torch.no_grad():
-        reference, trained = (policy.predict(x_t, k, policy.encode(["a red circle"]), 2.0, reference=flag) for flag in (True, False))
-        untrained = fresh.predict(x_t, k, fresh.encode(["a red circle"]), 2.0)
+        reference, trained = (policy.predict(x_t, k, texts, rows, 2.0, reference=flag) for flag in (True, False))
+        untrained = fresh.predict(x_t, k, texts, rows, 2.0)
     assert torch.equal(reference, untrained) and not torch.equal(trained, untrained)
 
 
 def test_full_fine_tuning_trains_everything_against_a_frozen_copy():
     run = run_with(TWO | {"model.lora_rank": 0, "algorithm.reference": True, "update.learning_rate": 1e-5})
     policy = run["job"].policy
-    assert policy.trainable.keys() == dict(policy.unet.named_parameters()).keys()
-    assert not any(p.requires_grad for p in policy.reference_unet.parameters())
+    assert policy.trainable.keys() == dict(policy.family.network.named_parameters()).keys()
+    assert not any(p.requires_grad for p in policy.adapter.reference.parameters())
     assert run["rows"][0]["mean_kl"] == 0 and run["rows"][1]["mean_kl"] != 0
-    fresh = start({}).policy.unet
-    frozen = dict(policy.reference_unet.named_parameters())
+    fresh = start({}).policy.family.network
+    frozen = dict(policy.adapter.reference.named_parameters())
     assert all(torch.equal(p, frozen[name.replace(".base_layer", "")]) for name, p in fresh.named_parameters() if "lora_" not in name)
-    moved = [name for name, p in policy.unet.named_parameters() if not torch.equal(p, frozen[name])]
+    moved = [name for name, p in policy.family.network.named_parameters() if not torch.equal(p, frozen[name])]
     assert len(moved) == len(frozen)
 
 
 def test_full_fine_tuning_without_a_reference_keeps_one_copy():
-    assert start({"model.lora_rank": 0}).policy.reference_unet is None
+    assert start({"model.lora_rank": 0}).policy.adapter.reference is None
 
 
 @pytest.mark.parametrize("rank", [2, 0])
@@ -530,14 +532,14 @@ def test_an_overflow_skips_the_policy_step_only_and_is_no_fault(monkeypatch):
 
 
 def test_a_broken_loss_is_a_fault_with_a_scaler_too(monkeypatch):
-    real = StableDiffusion.transition
+    real = Policy.transition
 
     def broken(self, *args, **kwargs):
         transition = real(self, *args, **kwargs)
         return dataclasses.replace(transition, mean=transition.mean * float("nan")) if torch.is_grad_enabled() else transition
 
     job = with_scaler(1024.0)
-    monkeypatch.setattr(StableDiffusion, "transition", broken)
+    monkeypatch.setattr(Policy, "transition", broken)
     with pytest.raises(WorkError, match="every optimizer step of the epoch had a non-finite loss"):
         train._epoch(job, 0, Console(quiet=True))
 

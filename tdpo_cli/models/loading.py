@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import DDIMScheduler
+import transformers
+from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -116,6 +119,42 @@ def trained_network(cls: type, source: str, part: str, model: Model, dtype: torc
     return component(cls, source, part, model.revision, torch_dtype=dtype)
 
 
+def read_pipeline(source: str, model: Model, dtype: torch.dtype, trained: str, **dtypes: torch.dtype) -> DiffusionPipeline:
+    """Every part that model_index.json lists, given to the pipeline's class; parts that are null there are None.
+
+    `trained` is the denoiser's name. `dtypes` names parts that are not of `dtype`, for example `vae=torch.float32`. Raises RequestError.
+    """
+    content = models.index(source, model.revision)
+    cls = getattr(diffusers, content["_class_name"], None)
+    if cls is None:
+        raise RequestError(f"{source}: a {content['_class_name']} needs a newer diffusers than {diffusers.__version__}: pip install -U diffusers")
+    known, parts = inspect.signature(cls.__init__).parameters, {}
+    for name, entry in content.items():
+        if name.startswith("_") or name not in known:
+            continue
+        if not isinstance(entry, list):  # a setting of the pipeline
+            parts[name] = entry
+        elif entry[-1] is None:
+            parts[name] = None
+        else:
+            kind, precision = _class_of(source, name, entry), dtypes.get(name, dtype)
+            if name == trained:
+                parts[name] = trained_network(kind, source, name, model, precision)
+            else:
+                options = {"torch_dtype": precision} if issubclass(kind, nn.Module) else {}
+                parts[name] = component(kind, source, name, model.revision, **options)
+    return cls(**parts)
+
+
+def _class_of(source: str, name: str, entry: list[str]) -> type:
+    """The class of one line of model_index.json: only of the two libraries, so that no folder can name code to import."""
+    library, class_name = entry
+    kind = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), str(class_name), None)
+    if not isinstance(kind, type):
+        raise RequestError(f"{source}: its model_index.json wants {library}.{class_name} for {name}, which is not there. A newer library may have it.")
+    return kind
+
+
 def grid_of(vae: nn.Module, resolution: tuple[int, int], patch: int = 1) -> tuple[int, int]:
     """(height, width) in latents of a resolution in pixels. Raises RequestError unless it divides."""
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -129,7 +168,7 @@ def component(cls: type, source: str, subfolder: str, revision: str | None, **op
     folder = Path(source) / subfolder
     local, network = Path(source).is_dir(), issubclass(cls, nn.Module)
     variants: tuple[str | None, ...] = (None, "fp16") if network else (None,)
-    if local:
+    if local and not issubclass(cls, SchedulerMixin):
         variants = _variants(folder, cls) if network else _tokenizer_files(folder)
     if network:
         options |= {"output_loading_info": True}

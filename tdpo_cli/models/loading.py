@@ -151,7 +151,9 @@ def _class_of(source: str, name: str, entry: list[str]) -> type:
     library, class_name = entry
     kind = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), str(class_name), None)
     if not isinstance(kind, type):
-        raise RequestError(f"{source}: its model_index.json wants {library}.{class_name} for {name}, which is not there. A newer library may have it.")
+        raise RequestError(
+            f"{source}: its model_index.json names {library}.{class_name} for {name}, which is not known. A newer library may have it."
+        )
     return kind
 
 

@@ -24,10 +24,10 @@ from functools import cache
 from typing import Any
 
 import torch
-from tdpo_cli.preset import Preset
 from torch import Tensor
 
-from tdpo_cli.models import ddim
+from tdpo_cli.config.preset import Preset
+from tdpo_cli.models.samplers.ddim import DDIM
 
 EPS = torch.finfo(torch.float32).eps
 PREDICTION = 64 * EPS  # u
@@ -37,7 +37,9 @@ GROWTH = 4  # g of an epoch over that of the epoch before
 WORST = 4  # standard deviations
 LATENT_ELEMENTS = 256  # of the sandbox
 NEURONS = 1024 + 128 + 64 + 16
-SCHEDULER = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+SCHEDULER = {
+    "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False, "steps_offset": 1,
+}  # fmt: skip
 EXACT = {"epoch", "reward_queries", "updates", "skipped_steps", "overflowed_steps"}
 NOT_COMPARED = ("seconds/", "images_per_second", "peak_memory_bytes")
 
@@ -45,8 +47,8 @@ NOT_COMPARED = ("seconds/", "images_per_second", "peak_memory_bytes")
 @cache
 def log_prob_error(steps: int, eta: float = 1.0) -> float:
     """Four standard deviations of a log-prob's rounding error, at the sharpest of the steps."""
-    schedule = ddim.schedule(SCHEDULER, steps, eta)
-    abar, before, sigma = (column.double() for column in (schedule.abar, schedule.abar_prev, schedule.sigma))
+    schedule = DDIM.of(SCHEDULER, steps, eta)
+    abar, before, sigma = (column.double() for column in (schedule.abar, schedule.abar_prev, schedule.std))
     coefficient = (1 - before - sigma**2).clamp(min=0) ** 0.5 - (before * (1 - abar) / abar) ** 0.5
     return WORST * PREDICTION * (coefficient / sigma).abs().max().item() / math.sqrt(LATENT_ELEMENTS)
 

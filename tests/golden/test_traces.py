@@ -7,8 +7,8 @@ import torch
 from recording import Trace, TraceRandomness
 from replay import Replay
 
-from tdpo_cli import update as updates
 from tdpo_cli.randomness import Randomness
+from tdpo_cli.train import update as updates
 
 
 def test_every_recorded_quantity_is_reproduced(replayed, capsys):

@@ -5,14 +5,15 @@ import dataclasses
 import pytest
 import torch
 from helpers import make_preset
-from tdpo_cli.job import build
-from tdpo_cli.world import World
 from tolerances import PREDICTION, errors
 
-from tdpo_cli import memory, train
-from tdpo_cli import update as updates
 from tdpo_cli.console import Console
+from tdpo_cli.machine import memory
+from tdpo_cli.machine.world import World
 from tdpo_cli.randomness import Randomness
+from tdpo_cli.train import train
+from tdpo_cli.train import update as updates
+from tdpo_cli.train.state import build
 
 PRESET = make_preset(
     model__base="sandbox", model__lora_rank=4, model__dtype="fp32", rollout__prompts="sandbox", rollout__samples_per_epoch=16, rollout__steps=10,

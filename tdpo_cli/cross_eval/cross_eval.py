@@ -16,8 +16,8 @@ from tdpo_cli import __version__
 from tdpo_cli.console import Console, duration
 from tdpo_cli.cross_eval import candidates, evaluate, figure
 from tdpo_cli.cross_eval.candidates import Model, Sampling
-from tdpo_cli.cross_eval.cross_eval import result, tables
-from tdpo_cli.cross_eval.cross_eval.folder import Folder, write_json
+from tdpo_cli.cross_eval import result, tables
+from tdpo_cli.cross_eval.folder import Folder, write_json
 from tdpo_cli.errors import RequestError
 from tdpo_cli.machine import memory, world
 from tdpo_cli.report import cross_eval_page as page

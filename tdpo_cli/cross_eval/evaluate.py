@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tdpo_cli import models
 from tdpo_cli.cross_eval.candidates import Model, hashes, network
-from tdpo_cli.cross_eval.cross_eval.folder import Folder, Part, write_json
+from tdpo_cli.cross_eval.folder import Folder, Part, write_json
 from tdpo_cli.errors import RequestError, WorkError, first_line
 from tdpo_cli.machine import memory
 from tdpo_cli.overoptimisation import statistics

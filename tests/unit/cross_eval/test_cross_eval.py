@@ -21,7 +21,7 @@ from tdpo_cli.config import prompts
 from tdpo_cli.console import Console
 from tdpo_cli.cross_eval import figure
 from tdpo_cli.cross_eval.candidates import Model, Sampling
-from tdpo_cli.cross_eval.cross_eval import result, tables
+from tdpo_cli.cross_eval import result, tables
 from tdpo_cli.overoptimisation import statistics
 from tdpo_cli.report import cross_eval_page as page
 from tdpo_cli.storage.run_dir import damage

@@ -52,11 +52,14 @@ def cross_eval(
             raise typer.Exit(launch.run(workers, [*sys.argv[1:], "--out", str(out)]))
     options.prepare_libraries()
     from tdpo_cli.cross_eval import cross_eval as evaluation
+    from tdpo_cli.cross_eval.request import CrossEvalRequest
 
-    report = evaluation.run(
-        checkpoints, rewards, prompts, per_prompt, seed, out, preset, options.overrides(set_, checkpoint, zoo), epoch or [], batch_size,
-        device or ("cuda" if gpus else "cpu" if processes else None), Console(quiet or json_, silent=not launch.is_main()),
+    request = CrossEvalRequest(
+        models=checkpoints, out=out, rewards=rewards, prompts=prompts, per_prompt=per_prompt, seed=seed, preset=preset,
+        overrides=options.overrides(set_, checkpoint, zoo), epochs=epoch or (), batch_size=batch_size,
+        device=device or ("cuda" if gpus else "cpu" if processes else None),
     )  # fmt: skip
+    report = evaluation.run(request, Console(quiet or json_, silent=not launch.is_main()))
     if json_ and launch.is_main():
         print(json.dumps(report))
 

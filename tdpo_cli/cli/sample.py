@@ -42,6 +42,7 @@ def sample(
 ) -> None:
     """Sample images from a checkpoint."""
     from tdpo_cli.config import prompts as prompt_sources
+    from tdpo_cli.sampling.request import SampleRequest
 
     workers = launch.plan(gpus, processes, 1, None, None)
     if workers.world_size > 1 and "-" in prompts:
@@ -63,9 +64,10 @@ def sample(
         "rollout.steps": steps, "rollout.guidance_scale": guidance_scale, "rollout.negative_prompt": negative_prompt, "model.dtype": dtype,
     }  # fmt: skip
     overrides += [(key, value) for key, value in given.items() if value is not None]
-    report = sampling.run(
-        checkpoint, wanted, preset, overrides, epoch, out, per_prompt, seed, batch_size, eta, lora_scale,
-        device or ("cuda" if gpus else "cpu" if processes else None), Console(quiet or json_, silent=not launch.is_main()),
+    request = SampleRequest(
+        checkpoint=checkpoint, prompts=wanted, preset=preset, overrides=overrides, epoch=epoch, out=out, per_prompt=per_prompt, seed=seed,
+        batch_size=batch_size, eta=eta, lora_scale=lora_scale, device=device or ("cuda" if gpus else "cpu" if processes else None),
     )  # fmt: skip
+    report = sampling.run(request, Console(quiet or json_, silent=not launch.is_main()))
     if json_ and launch.is_main():
         print(json.dumps(report))

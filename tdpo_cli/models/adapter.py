@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tdpo_cli.errors import RequestError, first_line
+from tdpo_cli.storage.checkpoints import LORA_FILE as FILE
 
-FILE = "pytorch_lora_weights.safetensors"
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 ADAPTER = "policy"
 

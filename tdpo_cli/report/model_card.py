@@ -11,9 +11,9 @@ from typing import Any
 from tdpo_cli import __version__
 from tdpo_cli.config.preset import Preset
 from tdpo_cli.errors import WorkError
-from tdpo_cli.models.adapter import FILE as LORA_FILE
 from tdpo_cli.overoptimisation import verdict
 from tdpo_cli.storage import run_dir
+from tdpo_cli.storage.checkpoints import LORA_FILE
 
 PROMPTS_SHOWN, PROMPT_LENGTH = 4, 120
 ZHANG = "[Zhang et al. 2024](https://arxiv.org/abs/2402.08552)"

@@ -133,7 +133,7 @@ class Replay:
         self.compare(e + "prompt_ids", self.tokenize(recorded.prompts), 0)
         self.compare(e + "prompt_embeds", ours.texts[ours.text_rows].parts["embeds"], TEXT)
         self.compare(e + "timesteps", self.policy.timesteps[ours.steps].expand(len(recorded), -1), 0)
-        self.compare(e + "latents", ours.latents, LATENT)
+        self.compare(e + "latents", ours.latents, settings.steps * LATENT)  # every step adds its prediction's error
         self.compare(e + "log_probs", ours.log_probs, 10 * LOG_PROB)
         if ours.ref_log_probs is not None:
             self.compare(e + self.trace.ref_log_probs_name, ours.ref_log_probs, 10 * LOG_PROB)
@@ -158,7 +158,7 @@ class Replay:
         with torch.no_grad():
             embeds = torch.stack([self.encoder(images.float() / 255) for images in self.trace[e + "images_step_u8"]])
             self.compare(e + "image_embeds", embeds, EMBED)
-            self.compare(e + "residuals", self.critic(recorded.image_embeds), CRITIC_STEP)
+            self.compare(e + "residuals", self.critic(recorded.image_embeds), FORMULA)
         images = self.trace[e + "images_step_u8"][0].float() / 255
         pixels = normalise(resize_crop(images, self.encoder.image_size), self.encoder.mean, self.encoder.std)
         self.compare(e + "pixel_values_sub", pixels[:, :, 3::24, 5::24], FORMULA)

@@ -12,7 +12,8 @@ from tdpo_cli.machine.memory import Plan
 from tdpo_cli.machine.world import World
 from tdpo_cli.randomness import shuffle_plan, unshuffled
 from tdpo_cli.train.rollout import rollout
-from tdpo_cli.train.update import Observer, make_optimizers, update
+from tdpo_cli.train.state import make_optimizers
+from tdpo_cli.train.update import Observer, update
 from tdpo_cli.types import Credit, ShufflePlan, Trajectory
 
 

@@ -19,7 +19,7 @@ from setup import Bench
 from torch import Tensor
 
 from tdpo_cli.algorithms.critic import DROPOUT, WIDTHS
-from tdpo_cli.train.update import critic_loss, policy_loss
+from tdpo_cli.train.losses import critic_loss, policy_loss
 from tdpo_cli.types import Credit, ShufflePlan, Trajectory
 
 

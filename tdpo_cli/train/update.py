@@ -10,78 +10,15 @@ from torch import Tensor
 
 from tdpo_cli.algorithms.critic import DROPOUT, WIDTHS, Critic
 from tdpo_cli.config.preset import Preset
-from tdpo_cli.errors import RequestError, WorkError
 from tdpo_cli.machine.transfer import rows, send
 from tdpo_cli.machine.world import World
 from tdpo_cli.models import Policy
 from tdpo_cli.randomness import Randomness
+from tdpo_cli.train.losses import critic_loss, policy_loss
+from tdpo_cli.train.state import Optimizers
 from tdpo_cli.types import Conditioning, Credit, ShufflePlan, Trajectory
 
 
-# --- the losses, per pair ---------------------------------------------------------------------------------------------
-def policy_loss(ratio: Tensor, advantages: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
-    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), negated; and where the clip binds. All [b]."""
-    unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
-    return torch.maximum(unclipped, clipped), clipped > unclipped
-
-
-def critic_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
-    """Half the squared error, pessimistic about moves beyond the clip range (0: no clipping); and where it binds. All [b]."""
-    unclipped = (values - returns) ** 2
-    if clip_range == 0:
-        return 0.5 * unclipped, torch.zeros_like(unclipped, dtype=torch.bool)
-    # the bounds are clamped to, not the difference: a value inside them stays itself to the last bit
-    near = values.clamp(old_values - clip_range, old_values + clip_range)
-    clipped = (near - returns) ** 2
-    return 0.5 * torch.maximum(unclipped, clipped), clipped > unclipped
-
-
-def approx_kl(log_ratios: Tensor) -> Tensor:
-    """Estimate of KL(old, new), http://joschu.net/blog/kl-approx.html (k3): how far the policy moved since the rollout. [b] -> []"""
-    return (log_ratios.exp() - 1 - log_ratios).mean()
-
-
-def total_loss(policy: Tensor, critic: Tensor | None, critic_coef: float) -> Tensor:
-    """What the official log calls the loss. The two networks share no weights: each part has its own backward pass, nothing sums them here."""
-    return policy if critic is None else policy + critic_coef * critic
-
-
-# --- optimizers -------------------------------------------------------------------------------------------------------
-@dataclass
-class Optimizers:
-    policy: torch.optim.Optimizer
-    critic: torch.optim.Optimizer | None
-    scaler: torch.amp.GradScaler  # does nothing unless the policy computes in fp16
-
-
-def make_optimizers(policy: Policy, critic: Critic | None, preset: Preset) -> Optimizers:
-    settings, device = preset.update, policy.device
-    options = dict(betas=(settings.adam_beta1, settings.adam_beta2), eps=settings.adam_epsilon, weight_decay=settings.adam_weight_decay)
-    policy_class = torch.optim.AdamW
-    if settings.optimizer == "adamw-8bit":
-        policy_class = _adamw_8bit()
-    elif device.type == "cuda":
-        options["fused"] = True
-    half = preset.model.dtype == "fp16" and device.type != "cpu"
-    return Optimizers(
-        policy=policy_class(list(policy.trainable.values()), lr=settings.learning_rate, **options),
-        critic=None if critic is None else torch.optim.AdamW(
-            critic.parameters(), lr=settings.critic_learning_rate, **{k: v for k, v in options.items() if k != "fused"}
-        ),
-        scaler=torch.amp.GradScaler(device.type, enabled=half),
-    )  # fmt: skip
-
-
-def _adamw_8bit() -> type[torch.optim.Optimizer]:
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError:
-        raise RequestError("update.optimizer adamw-8bit needs bitsandbytes: pip install bitsandbytes") from None
-    return AdamW8bit
-
-
-# --- the pass -----------------------------------------------------------------------------------------------------------
 @dataclass
 class Step:
     """One optimizer step, as an observer sees it. Per-pair fields hold this process' share, in the plan's order."""
@@ -244,34 +181,3 @@ def _step(
     if optimizers.scaler.is_enabled():
         optimizers.scaler.update()
     return (policy_norm, critic_norm), skipped, overflowed
-
-
-# --- what to log ----------------------------------------------------------------------------------------------------------
-def summarise(steps: Sequence[Step], world: World) -> dict[str, float | int | None]:
-    """Means over an epoch's optimizer steps, over all processes; `ratio_drift` is of its first one."""
-    good = [step for step in steps if not step.skipped]
-    if not good:
-        raise WorkError("every optimizer step of the epoch had a non-finite loss or gradient; the last finished epoch is safe on disk.")
-    pairs = torch.cat([step.log_ratios for step in good]).double()
-    policy_sums = torch.stack([
-        torch.tensor(float(len(pairs)), dtype=torch.float64, device=pairs.device),
-        torch.cat([step.policy_losses for step in good]).sum(),
-        torch.cat([step.policy_clipped for step in good]).double().sum(),
-        approx_kl(pairs) * len(pairs),
-    ])  # fmt: skip
-    count, loss, clipped, kl = world.sum(policy_sums).tolist()
-    drift = world.max(steps[0].log_ratios.abs().max() if len(steps[0].log_ratios) else torch.zeros((), device=pairs.device))
-    mean = lambda column: torch.cat(column).double().mean().item() if column[0] is not None else None
-    norm = lambda column: torch.stack(column).mean().item() if column[0] is not None else None
-    return {
-        "policy_loss": loss / count,
-        "critic_loss": mean([step.critic_losses for step in good]),
-        "approx_kl": kl / count,
-        "policy_clip_fraction": clipped / count,
-        "critic_clip_fraction": mean([step.critic_clipped for step in good]),
-        "policy_grad_norm": norm([step.policy_grad_norm for step in good if not step.overflowed] or [None]),
-        "critic_grad_norm": norm([step.critic_grad_norm for step in good]),
-        "ratio_drift": drift.item(),
-        "skipped_steps": sum(step.skipped for step in steps),
-        "overflowed_steps": sum(step.overflowed for step in steps),
-    }

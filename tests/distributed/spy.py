@@ -25,7 +25,7 @@ COLLECTIVES = [
 
 def install(set_: Callable[[Any, str, Any], None] = setattr) -> dict[str, Any]:
     """-> {"epochs": [...], "collectives": {name: count}}, filled while the run goes on"""
-    from tdpo_cli.train import metrics, train
+    from tdpo_cli.train import epoch, metrics
 
     seen: dict[str, Any] = {"epochs": [], "collectives": dict.fromkeys(COLLECTIVES, 0), "plans": []}
     c10d = torch.distributed.distributed_c10d
@@ -35,7 +35,7 @@ def install(set_: Callable[[Any, str, Any], None] = setattr) -> dict[str, Any]:
             if hasattr(module, name):
                 set_(module, name, counted)
 
-    row, shuffle_plan = metrics.row, train.shuffle_plan
+    row, shuffle_plan = metrics.row, epoch.shuffle_plan
 
     def spied_row(job: Any, epoch: int, everyone: Any, *others: Any) -> dict[str, Any]:
         result = row(job, epoch, everyone, *others)
@@ -55,7 +55,7 @@ def install(set_: Callable[[Any, str, Any], None] = setattr) -> dict[str, Any]:
         return plan
 
     set_(metrics, "row", spied_row)
-    set_(train, "shuffle_plan", spied_plan)
+    set_(epoch, "shuffle_plan", spied_plan)
     return seen
 
 

@@ -133,7 +133,7 @@ def test_a_broken_watched_score_is_a_null_mean_and_changes_nothing_else(tmp_path
 def test_a_sample_whose_log_probabilities_broke_is_left_out(tmp_path, monkeypatch):
     import dataclasses
 
-    from tdpo_cli.train import train as training
+    from tdpo_cli.train import epoch as training
 
     real, calls = training.rollout, []
 

@@ -10,7 +10,7 @@ from helpers import tdpo
 
 from tdpo_cli.machine import signals
 from tdpo_cli.storage.run_dir import RunDir
-from tdpo_cli.train import train as training
+from tdpo_cli.train import epoch as training
 
 STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 

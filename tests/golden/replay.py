@@ -18,8 +18,10 @@ from tdpo_cli.randomness import shuffle_plan, unshuffled
 from tdpo_cli.rewards.backbones import Backbones
 from tdpo_cli.rewards.preprocess import normalise, resize_crop
 from tdpo_cli.rewards.scoring import score_images
+from tdpo_cli.train import losses
 from tdpo_cli.train import update as updates
 from tdpo_cli.train.rollout import rollout
+from tdpo_cli.train.state import make_optimizers
 
 
 @dataclass
@@ -84,7 +86,7 @@ class Replay:
         self.encoder = Backbones().clip(str(trace.folder / "model/clip"))
         self.critic = Critic(self.encoder.embed_dim, self.preset.algorithm.critic_init_std)
         trace.load_initial_weights(self.policy, self.critic)
-        self.optimizers = updates.make_optimizers(self.policy, self.critic, self.preset)
+        self.optimizers = make_optimizers(self.policy, self.critic, self.preset)
         self.algorithm = algorithms.make(self.preset)
         self._initial()
         for epoch in range(len(trace.epochs)):
@@ -225,11 +227,11 @@ class Replay:
         self.compare(p + "mb/log_ratio", pairs("log_ratios"), LOG_PROB)
         self.compare(p + "mb/ratio", pairs("ratios"), LOG_PROB)
         recorded_ratios = self.trace[p + "mb/log_ratio"]
-        self.compare(p + "mb/approx_kl", torch.stack([updates.approx_kl(row) for row in recorded_ratios]), FORMULA, relative=True)
+        self.compare(p + "mb/approx_kl", torch.stack([losses.approx_kl(row) for row in recorded_ratios]), FORMULA, relative=True)
         self.compare(p + "mb/residual", pairs("values"), CRITIC_END)
         self.compare(p + "mb/pg_loss", policy_loss, 10 * LOG_PROB)
         self.compare(p + "mb/cf_loss", critic_loss, CRITIC_END)
-        self.compare(p + "mb/loss", updates.total_loss(policy_loss, critic_loss, self.preset.algorithm.critic_coef), 10 * LOG_PROB)
+        self.compare(p + "mb/loss", losses.total_loss(policy_loss, critic_loss, self.preset.algorithm.critic_coef), 10 * LOG_PROB)
         self.compare(p + "mb/pg_clipfrac", pairs("policy_clipped").double().mean(1), FORMULA)
         self.compare(p + "mb/cf_clipfrac", pairs("critic_clipped").double().mean(1), FORMULA)
         self.compare(p + "opt/grad_norm_lora", torch.stack([step.policy_grad_norm for step in steps]), GRADIENT, relative=True)

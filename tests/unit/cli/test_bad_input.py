@@ -23,7 +23,7 @@ from tdpo_cli.machine import memory
 from tdpo_cli.sandbox import ZOO
 from tdpo_cli.score import captions
 from tdpo_cli.storage.run_dir import RunDir
-from tdpo_cli.train import train as training
+from tdpo_cli.train import epoch as training
 
 SMALL = {
     "model.base": "sandbox", "model.lora_rank": 2, "model.dtype": "fp32", "rollout.prompts": "sandbox", "rollout.samples_per_epoch": 4,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import resource
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,63 +21,89 @@ from tdpo_cli.train.update import Step
 from tdpo_cli.types import Credit, Trajectory
 
 
-def row(
-    job: Job, epoch: int, everyone: Trajectory, scores: dict[str, Tensor], credit: Credit,
-    means: dict[str, Any], neurons: dict[str, Any], seconds: dict[str, float],
-) -> dict[str, Any]:  # fmt: skip
-    columns: dict[str, Any] = {"epoch": epoch, "reward_queries": (epoch + 1) * len(everyone)}
+@dataclass(frozen=True)
+class EpochResult:
+    """What one epoch left behind. Samples, scores and credit are of all processes."""
+
+    epoch: int
+    samples: Trajectory
+    scores: dict[str, Tensor]  # reward -> [N]
+    credit: Credit
+    steps: list[Step]
+    neurons: dict[str, Any]  # the algorithm's statistics of the critic, empty without one
+    seconds: dict[str, float]
+
+
+def row(job: Job, result: EpochResult) -> dict[str, Any]:
+    """The epoch's row of metrics.jsonl; the same on every process but for the seconds."""
+    samples, seconds = result.samples, result.seconds
+    return {
+        "epoch": result.epoch,
+        "reward_queries": (result.epoch + 1) * len(samples),
+        **_rewards(job, result),
+        **summarise(result.steps, job.world),
+        "critic_explained_variance": _explained_variance(samples.values, result.credit),
+        "updates": job.updates,
+        **{name: result.neurons.get(name) for name in ("dormant_fraction", "dormant_overlap", "dormant_fraction_extra", "reset")},
+        "mean_kl": result.credit.mean_kl,
+        **{f"seconds/{name}": value for name, value in seconds.items()},
+        "images_per_second": len(samples) / seconds["total"],
+        "peak_memory_bytes": int(job.world.max(torch.tensor(peak_memory(job.world.device)))),  # of the process that needs most
+    }
+
+
+def _rewards(job: Job, result: EpochResult) -> dict[str, float | None]:
+    """Mean and spread of every reward, and how far the trained and the watched rewards agree."""
+    reward, scores, columns = job.preset.reward, result.scores, {}
     for name, values in scores.items():
         # of the training reward, the scores that trained; a watched reward with a score missing has no mean
-        known = values[values.isfinite()].double() if name == job.preset.reward.train else values.double()
+        known = values[values.isfinite()].double() if name == reward.train else values.double()
         whole = bool(known.isfinite().all())
         columns[f"rewards/{name}/mean"] = known.mean().item() if whole else None
         columns[f"rewards/{name}/std"] = known.std(correction=0).item() if whole else None
-    others = [scores[name] for name in job.preset.reward.watch if name not in verdict.TRUE_REWARDS]
-    columns["agreement"] = scoring.agreement(scores[job.preset.reward.train], others, everyone.prompts)
-    columns |= means
-    columns["critic_explained_variance"] = None
-    if everyone.values is not None:
-        known = credit.returns[:, 0].isfinite()
-        returns = credit.returns[known]
-        residual = (returns - everyone.values.cpu()[known]).var(correction=0)
-        columns["critic_explained_variance"] = (1 - residual / returns.var(correction=0).clamp(min=1e-12)).item()
-    columns["updates"] = job.updates
-    for name in ("dormant_fraction", "dormant_overlap", "dormant_fraction_extra", "reset"):
-        columns[name] = neurons.get(name)
-    columns["mean_kl"] = credit.mean_kl
-    columns |= {f"seconds/{name}": value for name, value in seconds.items()}
-    columns["images_per_second"] = len(everyone) / seconds["total"]
-    columns["peak_memory_bytes"] = int(job.world.max(torch.tensor(peak_memory(job.world.device))))  # of the process that needs most
-    return columns
+    others = [scores[name] for name in reward.watch if name not in verdict.TRUE_REWARDS]
+    return columns | {"agreement": scoring.agreement(scores[reward.train], others, result.samples.prompts)}
+
+
+def _explained_variance(values: Tensor | None, credit: Credit) -> float | None:
+    """1 - var(R - V) / var(R) of the critic's values V [N,S] over the samples that trained; None without a critic."""
+    if values is None:
+        return None
+    known = credit.returns[:, 0].isfinite()
+    returns = credit.returns[known]
+    residual = (returns - values.cpu()[known]).var(correction=0)
+    return (1 - residual / returns.var(correction=0).clamp(min=1e-12)).item()
 
 
 def summarise(steps: Sequence[Step], world: World) -> dict[str, float | int | None]:
     """Means over an epoch's optimizer steps, over all processes; `ratio_drift` is of its first one."""
-    good = [step for step in steps if not step.skipped]
+    good = [step for step in steps if not step.outcome.skipped]
     if not good:
         raise WorkError("every optimizer step of the epoch had a non-finite loss or gradient; the last finished epoch is safe on disk.")
-    pairs = torch.cat([step.log_ratios for step in good]).double()
+    pairs = torch.cat([step.policy.log_ratios for step in good]).double()
     policy_sums = torch.stack([
         torch.tensor(float(len(pairs)), dtype=torch.float64, device=pairs.device),
-        torch.cat([step.policy_losses for step in good]).sum(),
-        torch.cat([step.policy_clipped for step in good]).double().sum(),
+        torch.cat([step.policy.losses for step in good]).sum(),
+        torch.cat([step.policy.clipped for step in good]).double().sum(),
         approx_kl(pairs) * len(pairs),
     ])  # fmt: skip
     count, loss, clipped, kl = world.sum(policy_sums).tolist()
-    drift = world.max(steps[0].log_ratios.abs().max() if len(steps[0].log_ratios) else torch.zeros((), device=pairs.device))
-    mean = lambda column: torch.cat(column).double().mean().item() if column[0] is not None else None
-    norm = lambda column: torch.stack(column).mean().item() if column[0] is not None else None
+    first = steps[0].policy.log_ratios
+    drift = world.max(first.abs().max() if len(first) else torch.zeros((), device=pairs.device))
+    criticised = [step.critic for step in good if step.critic is not None]
+    mean = lambda name: torch.cat([getattr(part, name) for part in criticised]).double().mean().item() if criticised else None
+    norm = lambda norms: torch.stack(norms).mean().item() if norms else None
     return {
         "policy_loss": loss / count,
-        "critic_loss": mean([step.critic_losses for step in good]),
+        "critic_loss": mean("losses"),
         "approx_kl": kl / count,
         "policy_clip_fraction": clipped / count,
-        "critic_clip_fraction": mean([step.critic_clipped for step in good]),
-        "policy_grad_norm": norm([step.policy_grad_norm for step in good if not step.overflowed] or [None]),
-        "critic_grad_norm": norm([step.critic_grad_norm for step in good]),
+        "critic_clip_fraction": mean("clipped"),
+        "policy_grad_norm": norm([step.outcome.policy_grad_norm for step in good if not step.outcome.overflowed]),
+        "critic_grad_norm": norm([step.outcome.critic_grad_norm for step in good if step.critic is not None]),
         "ratio_drift": drift.item(),
-        "skipped_steps": sum(step.skipped for step in steps),
-        "overflowed_steps": sum(step.overflowed for step in steps),
+        "skipped_steps": sum(step.outcome.skipped for step in steps),
+        "overflowed_steps": sum(step.outcome.overflowed for step in steps),
     }
 
 

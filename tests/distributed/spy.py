@@ -37,17 +37,17 @@ def install(set_: Callable[[Any, str, Any], None] = setattr) -> dict[str, Any]:
 
     row, shuffle_plan = metrics.row, epoch.shuffle_plan
 
-    def spied_row(job: Any, epoch: int, everyone: Any, *others: Any) -> dict[str, Any]:
-        result = row(job, epoch, everyone, *others)
+    def spied_row(job: Any, result: Any) -> dict[str, Any]:
+        written, everyone = row(job, result), result.samples
         state = job.state_dict()
         networks = {**state["policy"], **{f"critic.{name}": value for name, value in (state["critic"] or {}).items()}}
         seen["epochs"].append({
             "prompts": list(everyone.prompts), "sample_ids": everyone.sample_ids.tolist(), "x_T": _digest(everyone.latents[:, 0]),
             "plans": seen["plans"], "weights": _digest(*(networks[name] for name in sorted(networks))), "micro_batch": job.plan.micro_batch,
-            "collectives": sum(seen["collectives"].values()), "row": {key: value for key, value in result.items() if "second" not in key},
+            "collectives": sum(seen["collectives"].values()), "row": {key: value for key, value in written.items() if "second" not in key},
         })  # fmt: skip
         seen["plans"] = []
-        return result
+        return written
 
     def spied_plan(*arguments: Any) -> Any:
         plan = shuffle_plan(*arguments)

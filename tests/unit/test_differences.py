@@ -20,10 +20,9 @@ from tdpo_cli.console import Console
 from tdpo_cli.machine.memory import Plan
 from tdpo_cli.machine.world import World
 from tdpo_cli.randomness import Randomness
-from tdpo_cli.train import epoch as epochs
 from tdpo_cli.train import train
 from tdpo_cli.train.epoch import run_epoch
-from tdpo_cli.train.rollout import rollout
+from tdpo_cli.train.rollout import Actor
 from tdpo_cli.train.state import build, make_optimizers
 
 ROOT = Path(__file__).parent.parent.parent
@@ -50,9 +49,15 @@ def half_policy():
             for name, parameter in network.named_parameters():
                 if "lora_" not in name:
                     parameter.data = parameter.data.bfloat16()
-    policy._negative = policy.encode([""])
+    policy._negative = policy._embeds([""])
     policy.set_schedule(10, 1.0)
     return policy
+
+
+def three_cats(policy):
+    preset = make_preset(rollout__samples_per_epoch=3, rollout__steps=10, update__batch_size=3)
+    actor = Actor(policy, None, None, Randomness(0), preset, Plan.of(3))
+    return actor.rollout(actor.draw(0, ["a cat"]), range(3))
 
 
 @torch.no_grad()
@@ -61,20 +66,20 @@ def log_ratios(policy, trajectory, latents):
     columns = []
     for k in range(len(policy.timesteps)):
         step = torch.full((len(trajectory),), k)
-        transition = policy.transition(latents[:, k], step, trajectory.prompt_embeds, 5.0)
+        transition = policy.transition(latents[:, k], step, trajectory.texts, trajectory.text_rows, 5.0)
         columns.append(transition.log_prob(latents[:, k + 1]) - trajectory.log_probs[:, k])
     return torch.stack(columns, dim=1)
 
 
 def test_latents_and_log_probs_are_fp32_with_half_precision_networks(half_policy):
-    trajectory = rollout(half_policy, None, None, Randomness(0), ["a cat"], 0, range(3), 5.0, False, 3)
+    trajectory = three_cats(half_policy)
     assert trajectory.latents.dtype == trajectory.log_probs.dtype == torch.float32
     assert log_ratios(half_policy, trajectory, trajectory.latents).abs().max() == 0
 
 
 def test_rounded_latents_would_spoil_the_ratio(half_policy):
     """What the official code stores in half precision: on-policy log ratios beyond the clip range of 1e-4."""
-    trajectory = rollout(half_policy, None, None, Randomness(0), ["a cat"], 0, range(3), 5.0, False, 3)
+    trajectory = three_cats(half_policy)
     rounded = trajectory.latents.bfloat16().float()
     assert log_ratios(half_policy, trajectory, rounded).abs().max() > 1e-4
 
@@ -111,7 +116,8 @@ def test_resume_replays_nothing_and_needs_no_older_checkpoint(tmp_path, monkeypa
     shutil.rmtree(tmp_path / "checkpoints")
     shutil.rmtree(tmp_path / "state" / "epoch_0000")
     sampled = []
-    monkeypatch.setattr(epochs, "rollout", lambda *args, **kwargs: sampled.append(args[5]) or rollout(*args, **kwargs))
+    real = Actor.rollout
+    monkeypatch.setattr(Actor, "rollout", lambda actor, draw, *others: sampled.append(draw.epoch) or real(actor, draw, *others))
     train.run(tiny(run__epochs=3), tmp_path, True, Console(quiet=True))
     assert sampled == [2]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["epoch_0002"]  # numbers go on

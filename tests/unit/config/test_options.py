@@ -463,8 +463,9 @@ def test_the_reference_of_a_lora_is_the_network_without_it():
     fresh = start({}).policy
     x_t, k = torch.randn(1, *policy.latent_shape, generator=torch.Generator().manual_seed(0)), torch.tensor([0])
     with torch.no_grad():
-        reference, trained = (policy.predict(x_t, k, policy.encode(["a red circle"]), 2.0, reference=flag) for flag in (True, False))
-        untrained = fresh.predict(x_t, k, fresh.encode(["a red circle"]), 2.0)
+        texts, rows = policy.encode(["a red circle"]), torch.tensor([0])
+        reference, trained = (policy.predict(x_t, k, texts, rows, 2.0, reference=flag) for flag in (True, False))
+        untrained = fresh.predict(x_t, k, texts, rows, 2.0)
     assert torch.equal(reference, untrained) and not torch.equal(trained, untrained)
 
 

@@ -169,8 +169,14 @@ class Preset:
         return self.algorithm.reference or self.algorithm.kl_penalty_coef > 0 or self.algorithm.kl_target is not None
 
     @property
+    def stochastic_steps(self) -> int:
+        """S, the denoising steps that have a log-probability: the columns of a trajectory. All of them with DDIM."""
+        return self.rollout.steps
+
+    @property
     def trained_steps(self) -> int:
-        return int(self.rollout.steps * self.update.timestep_fraction)
+        """Columns that an inner epoch visits."""
+        return int(self.stochastic_steps * self.update.timestep_fraction)
 
     @property
     def updates_per_epoch(self) -> int:

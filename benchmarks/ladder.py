@@ -45,10 +45,10 @@ def our_epoch(bench: Bench, plan: Plan) -> Phases:
 def in_memory_format(bench: Bench, plan: Plan, memory_format: torch.memory_format) -> Phases:
     """Our epoch with the convolutions' weights in that order; back as it was afterwards."""
     before = torch.channels_last if bench.device.type == "cuda" else torch.contiguous_format
-    for network in (bench.policy.unet, bench.policy.vae):
+    for network in (bench.policy.family.network, bench.policy.family.pipeline.vae):
         network.to(memory_format=memory_format)
     phases = our_epoch(bench, plan)
-    for network in (bench.policy.unet, bench.policy.vae):
+    for network in (bench.policy.family.network, bench.policy.family.pipeline.vae):
         network.to(memory_format=before)
     return phases
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 def rate(bench: Bench, repeats: int = 5) -> float:
     """FLOP per second of a large square product in the UNet's type, the best of `repeats`."""
     n = 8192 if bench.device.type == "cuda" else 768
-    a = torch.randn(n, n, device=bench.device).to(bench.policy.unet.dtype)
+    a = torch.randn(n, n, device=bench.device).to(bench.policy.family.network.dtype)
     best, clock = float("inf"), (time.perf_counter, time.process_time)[clock_of(bench)]
     for _ in range(repeats):
         bench.synchronize()

@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from tdpo_cli.algorithms.critic import Critic
 from tdpo_cli.config import preset as presets
 from tdpo_cli.config.preset import Preset
-from tdpo_cli.models.families.sd import DTYPES, StableDiffusion
+from tdpo_cli.models import adapter
+from tdpo_cli.models.families.sd import StableDiffusion
+from tdpo_cli.models.loading import DTYPES
+from tdpo_cli.models.policy import Policy
 from tdpo_cli.randomness import Randomness
 from tdpo_cli.rewards.backbones import ImageEncoder
 from tdpo_cli.rewards.networks import FrozenImageEncoder
@@ -50,7 +54,7 @@ class Bench:
 
     size: Size
     preset: Preset
-    policy: StableDiffusion
+    policy: Policy
     encoder: ImageEncoder
     critic: Critic
     reward: Any
@@ -71,7 +75,7 @@ class Bench:
 
     @property
     def networks(self) -> list[nn.Module]:
-        return [self.policy.unet, self.policy.vae, self.policy.text_encoder, self.critic]
+        return [self.policy.family.network, self.policy.family.pipeline.vae, self.policy.family.pipeline.text_encoder, self.critic]
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -134,9 +138,9 @@ def _stable_diffusion(size: Size, preset: Preset, device: torch.device, dtype: t
     if device.type == "cuda":
         vae.to(memory_format=torch.channels_last)
         unet.to(memory_format=torch.channels_last)
-    policy = StableDiffusion(unet, vae, text, Hashed(), SCHEDULER, device)
-    randomness = Randomness(preset.run.seed)
-    policy.train_lora(preset.model.lora_rank, randomness.initial_weights("lora"))
+    pipeline = StableDiffusionPipeline(vae, text, Hashed(), unet, DDIMScheduler(), None, None, requires_safety_checker=False)
+    family, randomness = StableDiffusion(pipeline, SCHEDULER, device, None), Randomness(preset.run.seed)
+    policy = Policy(family, adapter.attach(unet, preset.model.lora_rank, family.lora_targets, randomness.initial_weights("lora")))
     if device.type != "meta":
         policy.set_schedule(preset.rollout.steps, preset.rollout.eta)
     critic = Critic(encoder.embed_dim, preset.algorithm.critic_init_std)
@@ -155,6 +159,9 @@ class Hashed:
         rows = [[49406, *(zlib.crc32(word.encode()) % 49000 for word in text.split())][:76] for text in texts]
         self.input_ids = torch.tensor([row + [49407] * (77 - len(row)) for row in rows])
         return self
+
+    def tokenize(self, text: str) -> list[str]:
+        return text.split()
 
     def decode(self, ids: Tensor, **options: Any) -> str:
         return " ".join(map(str, ids.tolist()))

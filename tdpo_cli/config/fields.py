@@ -42,6 +42,8 @@ def convert(value: Any, hint: Any, limits: Mapping[str, Any], what: str) -> Any:
         raise SettingError(f"{what}: {said(value)} is out of range.")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
+    if hint == tuple[int, int]:
+        return _pair(value, limits, what)
     if hint == tuple[str, ...]:
         if isinstance(value, str):
             value = [part.strip() for part in value.split(",") if part.strip()]
@@ -57,6 +59,16 @@ def convert(value: Any, hint: Any, limits: Mapping[str, Any], what: str) -> Any:
     if hint in (int, float):
         _check_range(value, limits, what)
     return value
+
+
+def _pair(value: Any, limits: Mapping[str, Any], what: str) -> tuple[int, int]:
+    """Two whole numbers, or one that counts for both."""
+    both = [value, value] if type(value) is int else value
+    if not isinstance(both, (list, tuple)) or len(both) != 2 or not all(type(item) is int for item in both):
+        raise SettingError(f"{what}: expected a whole number or two of them, got {said(value)}.")
+    for item in both:
+        _check_range(item, limits, what)
+    return both[0], both[1]
 
 
 def _check_range(value: float, limits: Mapping[str, Any], what: str) -> None:
@@ -92,7 +104,8 @@ def type_name(hint: Any) -> str:
     if accepts_none(hint):
         return " | ".join(type_name(h) if h is not type(None) else "none" for h in typing.get_args(hint))
     plain = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
-    return plain.get(hint, "a list of strings" if hint == tuple[str, ...] else "a table of strings")
+    lists = {tuple[str, ...]: "a list of strings", tuple[int, int]: "a whole number or two of them"}
+    return plain.get(hint) or lists.get(hint, "a table of strings")
 
 
 def said(value: Any) -> str:

@@ -1,50 +1,43 @@
-"""Model families: what a policy must offer, and which file offers it."""
+"""Model families and policies. Here the table of families; imports no torch.
+
+A new family is one file in `families/` and one line in `FAMILIES`.
+"""
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from tdpo_cli.config.preset import Model
 from tdpo_cli.errors import RequestError, first_line
 from tdpo_cli.sandbox import ZOO
-from tdpo_cli.storage.run_dir import RunDir
-from tdpo_cli.types import Conditioning, Transition
+
+if TYPE_CHECKING:
+    from tdpo_cli.config.preset import Model
+    from tdpo_cli.models.policy import Policy
 
 
-class Policy(Protocol):
-    """A text-to-image model as a policy: each denoising step k is an action with a Gaussian density.
+@dataclass(frozen=True)
+class FamilyEntry:
+    """What is known of a family before its file is imported."""
 
-    Rollout and update call the same `transition`. `reference` means the weights before any training.
-    """
-
-    device: torch.device
-    latent_shape: tuple[int, int, int]  # (C, h, w)
-    timesteps: Tensor  # [T] int64, descending; set by `set_schedule`
-    trainable: dict[str, torch.nn.Parameter]  # what the optimizer moves, by name
-
-    def set_schedule(self, steps: int, eta: float) -> None: ...
-    def cut_up(self, checkpointing: bool, compile: bool) -> None: ...  # memory against time; the result stays the same
-    def normal_form(self, prompt: str) -> str: ...
-    def encode(self, prompts: Sequence[str]) -> Conditioning: ...  # a row per prompt, the negative prompt last
-    def predict(self, x_t: Tensor, k: Tensor, texts: Conditioning, rows: Tensor, guidance: float, reference: bool = False) -> Tensor: ...
-    def transition(self, x_t: Tensor, k: Tensor, texts: Conditioning, rows: Tensor, guidance: float, reference: bool = False) -> Transition: ...
-    def decode(self, latents: Tensor) -> Tensor: ...  # -> [b,3,H,W] float32 in [0,1]
-    def state_dict(self) -> dict[str, Tensor]: ...
-    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
-    def save(self, folder: Path) -> None: ...
+    place: str  # module:class of the Family
+    title: str  # for messages and the header
+    diffusion: str  # ddim | flow: which sampler serves it, and so which noise settings apply
 
 
-# diffusers' pipeline class -> the module whose `load(source, model, ...)` makes a Policy of it
-FAMILIES = {"StableDiffusionPipeline": "tdpo_cli.models.families.sd"}
+# by diffusers' pipeline class, as model_index.json names it
+FAMILIES = {
+    "StableDiffusionPipeline": FamilyEntry("tdpo_cli.models.families.sd:StableDiffusion", "Stable Diffusion 1.x and 2.x", "ddim"),
+}
+
+
+def load(model: Model, **options: Any) -> Policy:
+    """The policy that a preset's [model] section names; options as for `loading.load`. Raises RequestError."""
+    from tdpo_cli.models import loading
+
+    return loading.load(model, **options)
 
 
 def resolve(base: str) -> str:
@@ -52,36 +45,33 @@ def resolve(base: str) -> str:
     return str(ZOO / "pipeline") if base == "sandbox" else base
 
 
-def load(model: Model, *, device: torch.device | str = "cpu", trainable: bool = True, **options: Any) -> Policy:
-    """The policy of `model.base`. `trainable=False` leaves out the adapter. Raises RequestError for a folder that is no model."""
-    if model.base == "sandbox" and ("OMP_NUM_THREADS" not in os.environ or "TDPO_THREADS_SHARED" in os.environ):
-        torch.set_num_threads(1)  # its networks are so small that a second thread costs more than it brings
-    source, model = resolve(model.base), _starting_point(model)
-    family = _family(source, model.revision)
-    return importlib.import_module(FAMILIES[family]).load(source, model, device=torch.device(device), trainable=trainable, **options)
+def family_of(source: str, revision: str | None = None) -> FamilyEntry:
+    """The family of a diffusers folder or hub id, by its model_index.json. Raises RequestError."""
+    return FAMILIES[pipeline_class(source, index(source, revision))]
 
 
-def _starting_point(model: Model) -> Model:
-    """A run folder as its last checkpoint. Raises RequestError for what is not there."""
-    if model.start_from is None:
-        return model
-    path = Path(model.start_from)
-    if not path.exists():
-        raise RequestError(f"{path}: no such file or folder to start from. Give a LoRA file or folder, a checkpoint or a run.")
-    return replace(model, start_from=str(RunDir(path).checkpoint() if RunDir(path).holds_a_run else path))
+def pipeline_class(source: str, content: dict) -> str:
+    """The key of FAMILIES for a model_index.json. Raises RequestError."""
+    name = content.get("_class_name", "?")
+    if name in FAMILIES:
+        return name
+    # Safe, img2img and other pipelines around the same networks; their UNet says whether it fits
+    if name.startswith("StableDiffusion") and "XL" not in name and not name.startswith("StableDiffusion3"):
+        return "StableDiffusionPipeline"
+    supported = "; ".join(f"{entry.title} ({name})" for name, entry in FAMILIES.items())
+    raise RequestError(f"{source}: a {name} is not supported. Supported: {supported}.")
 
 
-def _family(source: str, revision: str | None) -> str:
+def index(source: str, revision: str | None = None) -> dict:
+    """The content of a model's model_index.json, which the hub is asked for. Raises RequestError."""
     file = _index_file(source, revision)
     try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-        family = index.get("_class_name", "?")
-    except (OSError, ValueError, AttributeError) as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("expected a JSON object")
+        return content
+    except (OSError, ValueError) as error:
         raise RequestError(f"{file}: damaged: {error}. Copy or download the model again.") from None
-    # Safe, img2img and other pipelines around the same networks; their UNet says whether it fits
-    if family.startswith("StableDiffusion") and "XL" not in family and not family.startswith("StableDiffusion3"):
-        return "StableDiffusionPipeline"
-    raise RequestError(f"{source}: a {family} is not supported. Supported: Stable Diffusion 1.x and 2.x (StableDiffusionPipeline).")
 
 
 def _index_file(source: str, revision: str | None) -> Path:

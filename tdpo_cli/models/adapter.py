@@ -1,118 +1,155 @@
-"""Low-rank adapters on a UNet's attention (Hu et al. 2021, https://arxiv.org/abs/2106.09685), through peft."""
+"""What trains of a network: a low-rank adapter, the whole network, or nothing.
+
+LoRA: Hu et al. 2021, https://arxiv.org/abs/2106.09685, through peft.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from tdpo_cli.errors import RequestError, first_line
+from tdpo_cli.models import lora_file
+from tdpo_cli.models.family import Family
 
-FILE = "pytorch_lora_weights.safetensors"
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 ADAPTER = "policy"
 
 
-def attach(unet: nn.Module, rank: int, generator: torch.Generator) -> None:
-    """W + up @ down on every attention projection, alpha = rank; down ~ N(0, (1/rank)^2), up = 0. Adapter weights are fp32."""
+class Adapter(Protocol):
+    """What trains, how the network computes with and without it, and how it is saved."""
+
+    trainable: dict[str, nn.Parameter]
+
+    def computing(self, family: Family, reference: bool) -> contextlib.AbstractContextManager:
+        """Calls inside use the trained weights; with `reference` the weights before any training."""
+
+    def save(self, family: Family, folder: Path) -> None: ...
+
+
+class Frozen:
+    """Nothing trains: base models, and checkpoints that are only sampled."""
+
+    def __init__(self) -> None:
+        self.trainable: dict[str, nn.Parameter] = {}
+
+    def computing(self, family: Family, reference: bool) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+    def save(self, family: Family, folder: Path) -> None:
+        raise AssertionError("a policy that does not train has nothing to save")
+
+
+class LoRA:
+    """W + scale * up @ down on the family's target layers; adapter weights are fp32. The reference is the network without it."""
+
+    def __init__(self, network: nn.Module):
+        self.trainable = parameters(network)
+
+    def computing(self, family: Family, reference: bool) -> contextlib.AbstractContextManager:
+        return _switched_off(family.network) if reference else contextlib.nullcontext()
+
+    def save(self, family: Family, folder: Path) -> None:
+        """Write the file that diffusers' `load_lora_weights(folder)` reads, with rank and alpha in its metadata."""
+        config = {name: _plain(value) for name, value in family.network.peft_config[ADAPTER].to_dict().items()}
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(family.network, adapter_name=ADAPTER).items()}
+        # without the metadata a loader takes alpha = rank, silently
+        parts = {f"{family.component}_lora_layers": state, f"{family.component}_lora_adapter_metadata": config}
+        type(family.pipeline).save_lora_weights(folder, **parts, weight_name=lora_file.FILE)
+
+
+class WholeNetwork:
+    """Full fine-tuning: fp32 weights, computing in `compute_dtype`; the reference is a frozen copy."""
+
+    def __init__(self, network: nn.Module, keep_reference: bool, compute_dtype: torch.dtype):
+        self.reference = copy.deepcopy(network) if keep_reference else None
+        network.float().requires_grad_(True)
+        self.autocast_dtype = compute_dtype if compute_dtype != torch.float32 else None
+        self.trainable = dict(network.named_parameters())
+
+    @contextlib.contextmanager
+    def computing(self, family: Family, reference: bool) -> Iterator[None]:
+        autocast = torch.autocast(family.device.type, self.autocast_dtype) if self.autocast_dtype else contextlib.nullcontext()
+        trained = family.network
+        if reference and self.reference is not None:
+            family.network = self.reference
+        try:
+            with autocast:
+                yield
+        finally:
+            family.network = trained
+
+    def save(self, family: Family, folder: Path) -> None:
+        """Write the whole network as `unet/` or `transformer/`."""
+        family.network.save_pretrained(folder / family.component)
+
+
+@contextlib.contextmanager
+def _switched_off(network: nn.Module) -> Iterator[None]:
+    """Compute without the adapter, without a second copy of the network."""
+    network.disable_adapters()
+    try:
+        yield
+    finally:
+        network.enable_adapters()
+
+
+# --- attaching ----------------------------------------------------------------------------------------------------------
+def attach(network: nn.Module, rank: int, targets: Sequence[str], generator: torch.Generator) -> LoRA:
+    """Add a new adapter: alpha = rank; down ~ N(0, (1/rank)^2), up = 0, so that it changes nothing yet."""
     # peft's own draws come from the global generator and are overwritten at once: keep them from being seen
     with torch.random.fork_rng(devices=[]):
-        unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS), adapter_name=ADAPTER)
-    for name, parameter in parameters(unet).items():
+        network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)), adapter_name=ADAPTER)
+    for name, parameter in parameters(network).items():
         parameter.data = parameter.data.float()
         if "lora_A" in name:
             parameter.data.copy_(torch.empty(parameter.shape).normal_(0, 1 / rank, generator=generator))
         else:
             parameter.data.zero_()
+    return LoRA(network)
 
 
-def parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapter's weights by name, in the order of the network's modules."""
-    return {name: parameter for name, parameter in unet.named_parameters() if "lora_" in name}
-
-
-@contextlib.contextmanager
-def switched_off(unet: nn.Module) -> Iterator[None]:
-    """The network before any training, without a second copy of it."""
-    unet.disable_adapters()
-    try:
-        yield
-    finally:
-        unet.enable_adapters()
-
-
-def save(unet: nn.Module, folder: Path) -> None:
-    """In the layout of diffusers' `load_lora_weights(folder)`: keys start with `unet.`."""
-    state = get_peft_model_state_dict(unet, adapter_name=ADAPTER)
-    save_file({f"unet.{name}": tensor.detach().cpu().contiguous() for name, tensor in state.items()}, folder / FILE)
-
-
-def find(path: Path) -> Path:
-    """The weights file of a LoRA folder, or the file itself. Raises RequestError."""
-    if path.is_file():
-        return path
-    candidates = [path / FILE] if (path / FILE).is_file() else sorted(path.glob("*.safetensors"))
-    candidates = [file for file in candidates if file.name != "critic.safetensors"]
-    if not candidates:
-        raise RequestError(f"{path}: no LoRA weights there ({FILE}).")
-    if len(candidates) > 1:
-        raise RequestError(f"{path}: several LoRA files there ({', '.join(f.name for f in candidates)}); name one.")
-    return candidates[0]
-
-
-def read(path: Path) -> dict[str, Tensor]:
-    """A LoRA file's tensors. Raises RequestError for a damaged file."""
-    file = find(path)
-    check(file)
-    return load_file(file)
-
-
-def check(file: Path) -> None:
-    """RequestError unless the header of a safetensors file can be read and its length is right."""
-    try:
-        with safe_open(file, framework="pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise RequestError(f"{file}: damaged, not a readable safetensors file ({error}). Copy or download it again.") from None
-
-
-def rank_of(path: Path) -> int:
-    """The rank of the adapter in a file. Raises RequestError."""
-    down = [tensor for name, tensor in read(path).items() if ".lora_A." in name or "lora_down" in name or ".lora.down." in name]
-    if not down:
-        raise RequestError(f"{find(path)}: no LoRA weights in it.")
-    return down[0].shape[0]
-
-
-def load(unet: nn.Module, path: Path) -> int:
-    """Attach the adapter in a file (diffusers', peft's or kohya's key names). -> its rank. Raises RequestError."""
-    from diffusers.loaders import StableDiffusionLoraLoaderMixin
-
-    file = find(path)
-    read(file)
-    state, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(str(file), unet_config=unet.config, local_files_only=True)
+def load(family: Family, path: Path) -> int:
+    """Add the adapter in a file (diffusers', peft's or kohya's key names), frozen. -> its rank. Raises RequestError."""
+    file, network, prefix = lora_file.find(path), family.network, family.component
+    lora_file.check(file)
+    options = {"unet_config": network.config} if prefix == "unet" else {}
+    state, *alphas, metadata = type(family.pipeline).lora_state_dict(
+        str(file), **options, local_files_only=True, use_safetensors=True, return_lora_metadata=True
+    )
     if not any("lora" in key for key in state):
         raise RequestError(f"{file}: no LoRA weights in it.")
-    state = {key if key.startswith("unet.") else f"unet.{key}": value for key, value in state.items() if "text_encoder" not in key}
+    state = {key if key.startswith(f"{prefix}.") else f"{prefix}.{key}": value for key, value in state.items() if "text_encoder" not in key}
     try:
-        unet.load_lora_adapter(state, prefix="unet", network_alphas=alphas, adapter_name=ADAPTER)
+        network.load_lora_adapter(state, prefix=prefix, network_alphas=alphas[0] if alphas else None, metadata=metadata, adapter_name=ADAPTER)
     except (ValueError, RuntimeError, KeyError, IndexError) as error:
         raise RequestError(f"{file}: these LoRA weights do not fit the base model: {first_line(error)}") from None
-    loaded = parameters(unet)
+    loaded = parameters(network)
     if not loaded:
-        raise RequestError(f"{file}: no LoRA weights for this UNet there (keys should start with `unet.`).")
+        raise RequestError(f"{file}: no LoRA weights for this {prefix} there (keys should start with `{prefix}.`).")
     for parameter in loaded.values():
         parameter.data = parameter.data.float()
+        parameter.requires_grad_(False)
     return next(p.shape[0] for name, p in loaded.items() if "lora_A" in name)
 
 
-def set_scale(unet: nn.Module, scale: float) -> None:
+def parameters(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapter's weights by name, in the order of the network's modules."""
+    return {name: parameter for name, parameter in network.named_parameters() if "lora_" in name}
+
+
+def set_scale(network: nn.Module, scale: float) -> None:
     """Multiply the adapter's contribution (1 = as trained)."""
-    unet.set_adapters([ADAPTER], weights=[scale])
+    network.set_adapters([ADAPTER], weights=[scale])
+
+
+def _plain(value: object) -> object:
+    """What JSON can hold: sets become sorted lists."""
+    return sorted(value) if isinstance(value, (set, frozenset)) else value

@@ -1,21 +1,168 @@
-"""Read the parts of a diffusers model, a folder or a hub id, and say clearly what is missing or does not fit."""
+"""From a preset's [model] section to a policy: read a diffusers folder or hub id part by part, name what is missing or does not fit."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import os
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diffusers import DDIMScheduler
+import diffusers
+import torch
+import transformers
+from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin
 from torch import nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import PreTrainedModel
 
+from tdpo_cli import models
+from tdpo_cli.config.preset import Model
 from tdpo_cli.errors import RequestError, first_line
-from tdpo_cli.models import adapter
+from tdpo_cli.models import adapter, lora_file
+from tdpo_cli.models.family import Family
+from tdpo_cli.models.policy import Policy
+from tdpo_cli.randomness import Randomness
+from tdpo_cli.storage.run_dir import RunDir
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # the files of a network's weights, without variant and suffix: diffusers', and transformers' (safetensors, pickle)
-STEMS = {CLIPTextModel: ("model", "pytorch_model")}
-TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+DIFFUSERS_STEMS, TRANSFORMERS_STEMS = ("diffusion_pytorch_model",), ("model", "pytorch_model")
+TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
+
+
+# --- a policy -----------------------------------------------------------------------------------------------------------
+def load(
+    model: Model,
+    *,
+    device: torch.device | str = "cpu",
+    trainable: bool = True,
+    negative_prompt: str = "",
+    keep_reference: bool = False,
+    randomness: Randomness | None = None,
+    lora_scale: float = 1.0,
+) -> Policy:
+    """Load the policy of `model.base`, with its adapter; `trainable=False` leaves out one that would be new. Raises RequestError."""
+    if model.base == "sandbox" and ("OMP_NUM_THREADS" not in os.environ or "TDPO_THREADS_SHARED" in os.environ):
+        torch.set_num_threads(1)  # its networks are so small that a second thread costs more than it brings
+    source, model, device = models.resolve(model.base), _starting_point(model), torch.device(device)
+    module, _, name = models.family_of(source, model.revision).place.partition(":")
+    dtype = DTYPES[model.dtype] if device.type != "cpu" else torch.float32
+    family: Family = getattr(importlib.import_module(module), name).load(source, model, dtype, device)
+    _settle(family, device)
+    if trainable:
+        part = _trained_part(family, model, dtype, keep_reference, randomness or Randomness(0))
+    else:
+        part = adapter.Frozen()
+        if model.start_from and not holds_network(model, family.component):
+            adapter.load(family, Path(model.start_from))
+            if lora_scale != 1.0:
+                adapter.set_scale(family.network, lora_scale)
+    return Policy(family, part, negative_prompt)
+
+
+def _starting_point(model: Model) -> Model:
+    """A run folder as its last checkpoint. Raises RequestError for what is not there."""
+    if model.start_from is None:
+        return model
+    path = Path(model.start_from)
+    if not path.exists():
+        raise RequestError(f"{path}: no such file or folder to start from. Give a LoRA file or folder, a checkpoint or a run.")
+    return replace(model, start_from=str(RunDir(path).checkpoint() if RunDir(path).holds_a_run else path))
+
+
+def _settle(family: Family, device: torch.device) -> None:
+    """All networks frozen, in evaluation mode, on the device."""
+    for network in family.pipeline.components.values():
+        if isinstance(network, nn.Module):
+            network.requires_grad_(False).eval().to(device)
+    if device.type == "cuda" and family.component == "unet":
+        # what convolutions on tensor cores want; on a CPU it gains nothing (benchmarks/ladder.py)
+        family.pipeline.vae.to(memory_format=torch.channels_last)
+        family.network.to(memory_format=torch.channels_last)
+
+
+def _trained_part(family: Family, model: Model, dtype: torch.dtype, keep_reference: bool, randomness: Randomness) -> adapter.Adapter:
+    whole = holds_network(model, family.component)
+    called = "UNet" if family.component == "unet" else "transformer"
+    if whole and model.lora_rank > 0:
+        raise RequestError(
+            f"{model.start_from} holds a whole {called}, the preset asks for a LoRA of rank {model.lora_rank}. Use --set model.lora_rank=0."
+        )
+    if model.lora_rank == 0 and model.start_from and not whole:
+        rank = lora_file.rank_of(Path(model.start_from))
+        raise RequestError(f"{model.start_from} holds a LoRA of rank {rank}, the preset trains the whole {called}. Use --set model.lora_rank={rank}.")
+    if model.lora_rank == 0:
+        return adapter.WholeNetwork(family.network, keep_reference, dtype)
+    if model.start_from is None:
+        return adapter.attach(family.network, model.lora_rank, family.lora_targets, randomness.initial_weights("lora"))
+    rank = adapter.load(family, Path(model.start_from))
+    if rank != model.lora_rank:
+        raise RequestError(f"{model.start_from} has LoRA rank {rank}, the preset says {model.lora_rank}. Use --set model.lora_rank={rank}.")
+    loaded = adapter.LoRA(family.network)
+    for parameter in loaded.trainable.values():
+        parameter.requires_grad_(True)
+    return loaded
+
+
+# --- parts of a model -----------------------------------------------------------------------------------------------------
+def holds_network(model: Model, part: str) -> bool:
+    """Whether `model.start_from` is a checkpoint of full fine-tuning."""
+    return model.start_from is not None and (Path(model.start_from) / part).is_dir()
+
+
+def trained_network(cls: type, source: str, part: str, model: Model, dtype: torch.dtype) -> nn.Module:
+    """The denoiser: of `model.start_from` where that holds a whole one, else the base model's. Raises RequestError."""
+    if holds_network(model, part):
+        return component(cls, model.start_from, part, None, torch_dtype=dtype)
+    return component(cls, source, part, model.revision, torch_dtype=dtype)
+
+
+def read_pipeline(source: str, model: Model, dtype: torch.dtype, trained: str, **dtypes: torch.dtype) -> DiffusionPipeline:
+    """Every part that model_index.json lists, given to the pipeline's class; parts that are null there are None.
+
+    `trained` is the denoiser's name. `dtypes` names parts that are not of `dtype`, for example `vae=torch.float32`. Raises RequestError.
+    """
+    content = models.index(source, model.revision)
+    cls = getattr(diffusers, content["_class_name"], None)
+    if cls is None:
+        raise RequestError(f"{source}: a {content['_class_name']} needs a newer diffusers than {diffusers.__version__}: pip install -U diffusers")
+    known, parts = inspect.signature(cls.__init__).parameters, {}
+    for name, entry in content.items():
+        if name.startswith("_") or name not in known:
+            continue
+        if not isinstance(entry, list):  # a setting of the pipeline
+            parts[name] = entry
+        elif entry[-1] is None:
+            parts[name] = None
+        else:
+            kind, precision = _class_of(source, name, entry), dtypes.get(name, dtype)
+            if name == trained:
+                parts[name] = trained_network(kind, source, name, model, precision)
+            else:
+                options = {"torch_dtype": precision} if issubclass(kind, nn.Module) else {}
+                parts[name] = component(kind, source, name, model.revision, **options)
+    return cls(**parts)
+
+
+def _class_of(source: str, name: str, entry: list[str]) -> type:
+    """The class of one line of model_index.json: only of the two libraries, so that no folder can name code to import."""
+    library, class_name = entry
+    kind = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), str(class_name), None)
+    if not isinstance(kind, type):
+        raise RequestError(
+            f"{source}: its model_index.json names {library}.{class_name} for {name}, which is not known. A newer library may have it."
+        )
+    return kind
+
+
+def grid_of(vae: nn.Module, resolution: tuple[int, int], patch: int = 1) -> tuple[int, int]:
+    """(height, width) in latents of a resolution in pixels. Raises RequestError unless it divides."""
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    if any(side % (factor * patch) for side in resolution):
+        raise RequestError(f"model.resolution {resolution[0]} x {resolution[1]}: both must be multiples of {factor * patch} for this model.")
+    return resolution[0] // factor, resolution[1] // factor
 
 
 def component(cls: type, source: str, subfolder: str, revision: str | None, **options: Any) -> Any:
@@ -23,7 +170,7 @@ def component(cls: type, source: str, subfolder: str, revision: str | None, **op
     folder = Path(source) / subfolder
     local, network = Path(source).is_dir(), issubclass(cls, nn.Module)
     variants: tuple[str | None, ...] = (None, "fp16") if network else (None,)
-    if local:
+    if local and not issubclass(cls, SchedulerMixin):
         variants = _variants(folder, cls) if network else _tokenizer_files(folder)
     if network:
         options |= {"output_loading_info": True}
@@ -58,7 +205,7 @@ def _variants(folder: Path, cls: type) -> tuple[str | None, ...]:
         raise RequestError(f"{folder.parent}: incomplete, there is no {folder.name}/. Copy or download the whole model folder.")
     if not (folder / "config.json").is_file():
         raise RequestError(f"{folder}: config.json is missing. Copy or download the whole model folder.")
-    stems = STEMS.get(cls, ("diffusion_pytorch_model",))
+    stems = TRANSFORMERS_STEMS if issubclass(cls, PreTrainedModel) else DIFFUSERS_STEMS
     names = [path.name for path in folder.iterdir()]
     weights = [name for name in names if name.startswith(stems) and (".safetensors" in name or ".bin" in name)]
     if not weights:
@@ -67,7 +214,7 @@ def _variants(folder: Path, cls: type) -> tuple[str | None, ...]:
     plain = [name for name in weights if ".fp16" not in name]
     for name in sorted(plain or weights):
         if name.endswith(".safetensors"):
-            adapter.check(folder / name)
+            lora_file.check(folder / name)
     return (None,) if plain else ("fp16",)
 
 
@@ -77,38 +224,6 @@ def _tokenizer_files(folder: Path) -> tuple[None]:
             f"{folder}: no tokenizer there, expected vocab.json and merges.txt (or tokenizer.json). Copy or download the whole model folder."
         )
     return (None,)
-
-
-def must_fit(source: str, unet: nn.Module, vae: nn.Module, text_encoder: nn.Module, tokenizer: CLIPTokenizer) -> None:
-    """The parts belong together, and the UNet is one that takes latents and a prompt only. Raises RequestError."""
-    channels, latent = unet.config.in_channels, vae.config.latent_channels
-    if channels != latent:
-        raise RequestError(
-            f"{source}: its UNet takes {channels} channels and its VAE makes {latent}: a model for inpainting, upscaling or editing. "
-            "Only text-to-image models can be trained."
-        )
-    seen, given = unet.config.cross_attention_dim, text_encoder.config.hidden_size
-    if seen != given:
-        raise RequestError(f"{source}: its UNet reads prompts {seen} wide and its text encoder makes them {given} wide: parts of different models.")
-    if len(tokenizer) > text_encoder.config.vocab_size:
-        raise RequestError(
-            f"{source}: its tokenizer knows {len(tokenizer)} tokens and its text encoder {text_encoder.config.vocab_size}: parts of different models."
-        )
-
-
-def latent_size(unet: nn.Module) -> tuple[int, int]:
-    size = unet.config.sample_size
-    if size is None:
-        raise RequestError("the UNet's config.json does not say sample_size, the side of a latent (64 for 512 pixels).")
-    height, width = (size, size) if isinstance(size, int) else size
-    # the first Stable Diffusion uploads said 32 and meant 64; diffusers' own pipeline mends them alike
-    if size == 32 and _version(unet.config.get("_diffusers_version", "9")) < (0, 9):
-        height = width = 64
-    return height, width
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".")[:2] if part.isdigit())
 
 
 def _reason(error: Exception | None) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tdpo_cli.machine.transfer import send
-from tdpo_cli.models import Policy
+from tdpo_cli.models.policy import Policy
 from tdpo_cli.randomness import Randomness
 from tdpo_cli.types import Conditioning, Transition
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tdpo_cli import algorithms
+from tdpo_cli.algorithms.base import credit as credit_of
+from tdpo_cli.algorithms.base import usable
 from tdpo_cli.console import Console
 from tdpo_cli.errors import RequestError, WorkError
 from tdpo_cli.machine import memory
@@ -41,7 +42,7 @@ def run_epoch(job: Job, epoch: int, console: Console) -> dict[str, Any]:
         _report_faults(job, samples, scores, console)
 
     with console.timed(seconds, "update"), console.progress(f"epoch {epoch}: updating", preset.updates_per_epoch) as advance:
-        credit = algorithms.credit(job.algorithm, samples, scores[preset.reward.train])
+        credit = credit_of(job.algorithm, samples, scores[preset.reward.train])
         steps, neurons = _inner_epochs(job, samples, credit, orders, _Watch(job, samples, advance, console))
         job.algorithm.after_epoch(credit)
 
@@ -135,11 +136,11 @@ def _report_faults(job: Job, samples: Trajectory, scores: dict[str, Tensor], con
         if bad:
             what = "optimizer steps with these samples are skipped" if name == train else "no mean of it in this epoch's row"
             faults.append(f"epoch {samples.epoch}: reward {name} gave {len(bad)} non-finite scores, for {_named(bad)}; {what}.")
-    usable = algorithms.usable(samples, scores[train])
-    broken = [prompt for prompt, fine, score in zip(samples.prompts, usable, scores[train], strict=True) if score.isfinite() and not fine]
+    fine = usable(samples, scores[train])
+    broken = [prompt for prompt, sound, score in zip(samples.prompts, fine, scores[train], strict=True) if score.isfinite() and not sound]
     if broken:
         faults.append(f"epoch {samples.epoch}: the networks gave non-finite log-probabilities or values for {_named(broken)}.")
-    if not usable.any():
+    if not fine.any():
         raise WorkError(f"{' '.join(faults)} No sample is left to train on. The last finished epoch is safe on disk.")
     for fault in faults if job.world.is_main else ():
         console.warn(fault)

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 
 from tdpo_cli import algorithms, models
+from tdpo_cli.algorithms.base import Algorithm
 from tdpo_cli.algorithms.critic import Critic
 from tdpo_cli.config import prompts
 from tdpo_cli.config.preset import Preset
 from tdpo_cli.errors import RequestError
 from tdpo_cli.machine import memory
 from tdpo_cli.machine.world import World
+from tdpo_cli.models.policy import Policy
 from tdpo_cli.randomness import Randomness
 from tdpo_cli.rewards import Reward, scoring
 from tdpo_cli.rewards.backbones import Backbones, ImageEncoder
@@ -33,12 +35,12 @@ class Job:
 
     preset: Preset
     world: World
-    policy: models.Policy
+    policy: Policy
     rewards: dict[str, Reward]
     encoder: ImageEncoder | None
     critic: Critic | None
     optimizers: Optimizers
-    algorithm: algorithms.Algorithm
+    algorithm: Algorithm
     randomness: Randomness
     prompts: list[str]
     plan: memory.Plan
@@ -99,7 +101,7 @@ def build(preset: Preset, world: World, plan: memory.Plan) -> Job:
     )  # fmt: skip
 
 
-def make_optimizers(policy: models.Policy, critic: Critic | None, preset: Preset) -> Optimizers:
+def make_optimizers(policy: Policy, critic: Critic | None, preset: Preset) -> Optimizers:
     settings, device = preset.update, policy.device
     options = dict(betas=(settings.adam_beta1, settings.adam_beta2), eps=settings.adam_epsilon, weight_decay=settings.adam_weight_decay)
     policy_class = torch.optim.AdamW

@@ -13,7 +13,7 @@ from tdpo_cli.config.preset import Preset
 from tdpo_cli.machine.memory import Plan
 from tdpo_cli.machine.transfer import send
 from tdpo_cli.machine.world import World
-from tdpo_cli.models import Policy
+from tdpo_cli.models.policy import Policy
 from tdpo_cli.randomness import Randomness
 from tdpo_cli.train import sharing
 from tdpo_cli.train.losses import critic_loss, policy_loss

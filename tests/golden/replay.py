@@ -106,6 +106,10 @@ class Replay:
             pair = (torch.tensor([float("nan") if x is None else x], dtype=torch.float64) for x in (ours, recorded))
             self.comparisons.append(Comparison(name, *pair, tolerance, relative))
 
+    def tokenize(self, prompts) -> Tensor:
+        tokenizer = self.policy.family.pipeline.tokenizer
+        return tokenizer(list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids
+
     # --- parts ----------------------------------------------------------------------------------------------------------
     def _initial(self) -> None:
         self.compare("init/neg_prompt_embed", self.policy.encode([]).parts["embeds"], TEXT)
@@ -128,10 +132,10 @@ class Replay:
         actor = Actor(self.policy, self.critic, self.encoder, self.randomness, self.preset, plan)
         ours = actor.rollout(actor.draw(epoch, []), range(len(recorded)))
         self.inputs |= {e + "noise"}
-        self.compare(e + "prompt_ids", self.policy._tokenize(recorded.prompts), 0)
+        self.compare(e + "prompt_ids", self.tokenize(recorded.prompts), 0)
         self.compare(e + "prompt_embeds", ours.texts[ours.text_rows].parts["embeds"], TEXT)
         self.compare(e + "timesteps", self.policy.timesteps[ours.steps].expand(len(recorded), -1), 0)
-        self.compare(e + "latents", ours.latents, LATENT)
+        self.compare(e + "latents", ours.latents, settings.steps * LATENT)  # every step adds its prediction's error
         self.compare(e + "log_probs", ours.log_probs, 10 * LOG_PROB)
         if ours.ref_log_probs is not None:
             self.compare(e + self.trace.ref_log_probs_name, ours.ref_log_probs, 10 * LOG_PROB)
@@ -156,7 +160,7 @@ class Replay:
         with torch.no_grad():
             embeds = torch.stack([self.encoder(images.float() / 255) for images in self.trace[e + "images_step_u8"]])
             self.compare(e + "image_embeds", embeds, EMBED)
-            self.compare(e + "residuals", self.critic(recorded.image_embeds), CRITIC_STEP)
+            self.compare(e + "residuals", self.critic(recorded.image_embeds), FORMULA)
         images = self.trace[e + "images_step_u8"][0].float() / 255
         pixels = normalise(resize_crop(images, self.encoder.image_size), self.encoder.mean, self.encoder.std)
         self.compare(e + "pixel_values_sub", pixels[:, :, 3::24, 5::24], FORMULA)

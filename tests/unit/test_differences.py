@@ -45,11 +45,11 @@ def half_policy():
     """Networks in bf16, as on a GPU; the LoRA stays fp32."""
     policy = models.load(Model(base=TINY, lora_rank=2))
     with torch.no_grad():
-        for network in (policy.unet, policy.vae, policy.text_encoder):
+        for network in (policy.family.network, policy.family.pipeline.vae, policy.family.pipeline.text_encoder):
             for name, parameter in network.named_parameters():
                 if "lora_" not in name:
                     parameter.data = parameter.data.bfloat16()
-    policy._negative = policy._embeds([""])
+    policy._negative = policy.family.encode([""])
     policy.set_schedule(10, 1.0)
     return policy
 

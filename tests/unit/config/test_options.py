@@ -12,6 +12,7 @@ from functools import cache
 
 import pytest
 import torch
+from tolerances import assert_same_run, bound, log_prob_error
 
 from tdpo_cli import models
 from tdpo_cli.config import preset as presets
@@ -20,7 +21,7 @@ from tdpo_cli.console import Console
 from tdpo_cli.errors import RequestError, WorkError
 from tdpo_cli.machine import memory
 from tdpo_cli.machine.world import World
-from tdpo_cli.models.families.sd import StableDiffusion
+from tdpo_cli.models.policy import Policy
 from tdpo_cli.overoptimisation import verdict
 from tdpo_cli.rewards import scoring
 from tdpo_cli.rewards.backbones import Backbones
@@ -40,6 +41,7 @@ SMALL = {
     "run.epochs": 1, "run.preview_images": 0,
 }  # fmt: skip
 TWO = {"run.epochs": 2}  # for what only shows once something has been learnt
+SMOOTH = {"update.clip_range": 0.5, "update.clip_range_critic": 0.0}  # at a clip range the last bit decides a whole pair
 KL = TWO | {"algorithm.kl_penalty_coef": 1e4}  # log-probs are means, so a KL is small
 
 # key -> (settings that let it matter, values that each must give another run)
@@ -167,7 +169,7 @@ def weights(run, part="policy"):
 def test_the_base_run_really_trains():
     rows = run_with({})["rows"]
     assert rows[-1]["updates"] == 4 and rows[0]["skipped_steps"] == 0
-    assert rows[0]["ratio_drift"] == 0
+    assert rows[0]["ratio_drift"] <= 2 * log_prob_error(SMALL["rollout.steps"])
     assert any((p != 0).any() for name, p in weights(run_with({})).items() if "lora_B" in name)
 
 
@@ -216,15 +218,14 @@ def test_only_tdpo_r_resets():
 
 def test_guidance_off_while_training_moves_the_ratio():
     """The rollout is guided and the update is not, so old and new log-probs differ from the first step on."""
-    assert run_with({})["rows"][0]["ratio_drift"] == 0
-    assert run_with({"update.guidance": False})["rows"][0]["ratio_drift"] > 1e-4
+    rounding = 2 * log_prob_error(SMALL["rollout.steps"])
+    assert run_with({})["rows"][0]["ratio_drift"] <= rounding
+    assert run_with({"update.guidance": False})["rows"][0]["ratio_drift"] > 4 * rounding
 
 
 def test_micro_batch_never_changes_the_result():
-    one, many = start({}, micro_batch=1), start({}, micro_batch=8)
-    rows = [run_epoch(job, 0, Console(quiet=True)) for job in (one, many)]
-    for name in ("rewards/gold/mean", "policy_loss", "critic_loss", "policy_grad_norm"):
-        assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-4, abs=1e-6), name
+    one, many = start(SMOOTH, micro_batch=1), start(SMOOTH, micro_batch=8)
+    assert_same_run(*(run_epoch(job, 0, Console(quiet=True)) for job in (one, many)), one.preset)
 
 
 # --- options that are no part of the mathematics ------------------------------------------------------------------------
@@ -233,7 +234,8 @@ def base():
     from pathlib import Path
 
     other = Path(__file__).parents[2] / "data/trace_a/model/pipeline"
-    assert start({"model.base": str(other)}).policy.unet.config["block_out_channels"] != start({}).policy.unet.config["block_out_channels"]
+    widths = [start(given).policy.family.network.config["block_out_channels"] for given in ({"model.base": str(other)}, {})]
+    assert widths[0] != widths[1]
 
 
 def start_from(tmp_path):
@@ -248,9 +250,9 @@ def dtype():
     for name, expected in (("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)):
         model = dataclasses.replace(settings_of({}).model, dtype=name)
         policy = models.load(model, device="meta")
-        assert {policy.unet.conv_in.weight.dtype, policy.vae.dtype, policy.text_encoder.dtype} == {expected}
+        assert {policy.family.network.conv_in.weight.dtype, policy.family.pipeline.vae.dtype, policy.family.pipeline.text_encoder.dtype} == {expected}
         assert {p.dtype for p in policy.trainable.values()} == {torch.float32}
-        assert models.load(model, device="cpu").unet.conv_in.weight.dtype == torch.float32
+        assert models.load(model, device="cpu").family.network.conv_in.weight.dtype == torch.float32
     half, whole = (memory.estimate(presets.load("hpsv2", [("model.dtype", name)])) for name in ("fp16", "fp32"))
     assert half < whole
 
@@ -354,18 +356,18 @@ def max_bad_steps(monkeypatch):
         transition = real(self, *args, **kwargs)
         return dataclasses.replace(transition, mean=transition.mean * float("nan")) if torch.is_grad_enabled() and next(bad) else transition
 
-    real = StableDiffusion.transition
+    real = Policy.transition
     for limit, stops in ((2, True), (3, False)):
         bad = iter([True, True] + [False] * 20)
         job = start({"run.max_bad_steps": limit})
-        monkeypatch.setattr(StableDiffusion, "transition", broken)
+        monkeypatch.setattr(Policy, "transition", broken)
         if stops:
             with pytest.raises(WorkError, match="2 optimizer steps with a non-finite loss"):
                 run_epoch(job, 0, Console(quiet=True))
         else:
             row = run_epoch(job, 0, Console(quiet=True))
             assert row["skipped_steps"] == 2 and row["updates"] == 2
-        monkeypatch.setattr(StableDiffusion, "transition", real)
+        monkeypatch.setattr(Policy, "transition", real)
 
 
 def optimizer(monkeypatch):
@@ -388,20 +390,19 @@ def optimizer(monkeypatch):
 
 def memory_limit(tmp_path):
     """run.memory_limit: a smaller plan, written down; the same result."""
-    preset = settings_of({"rollout.prompts": str(two_prompts())})
+    preset = settings_of({"rollout.prompts": str(two_prompts())} | SMOOTH)
     tight = memory.estimate(preset, 1, memory.CPU_LADDER[-1], gpu=False)
     train.run(presets.override(preset, [("run.memory_limit", str(tight))]), tmp_path / "tight", False, Console(quiet=True), "cpu")
     entry = json.loads((tmp_path / "tight" / "env.json").read_text())[0]
     assert entry["micro_batch"] == entry["plan"]["micro_batch"] == 1 and entry["memory_limit"] == str(tight)
-    row, roomy = json.loads((tmp_path / "tight" / "metrics.jsonl").read_text()), run_with({})["rows"][0]
-    for name in ("rewards/gold/mean", "policy_loss", "critic_loss", "policy_grad_norm"):
-        assert row[name] == pytest.approx(roomy[name], rel=1e-4, abs=1e-6), name
+    row, roomy = json.loads((tmp_path / "tight" / "metrics.jsonl").read_text()), run_with(SMOOTH)["rows"][0]
+    assert_same_run({name: row[name] for name in roomy}, roomy, preset)
 
 
 def compiled():
     """run.compile: the UNet's transformer blocks, and nothing unless asked for."""
     for wanted in (True, False):
-        unet = start({"run.compile": wanted}).policy.unet
+        unet = start({"run.compile": wanted}).policy.family.network
         blocks = [module for module in unet.modules() if type(module).__name__ == "BasicTransformerBlock"]
         assert blocks and {module._compiled_call_impl is not None for module in blocks} == {wanted}
 
@@ -459,11 +460,11 @@ def test_every_choice_of_an_option_is_tried(key):
 # --- the reference ------------------------------------------------------------------------------------------------------
 def test_the_reference_of_a_lora_is_the_network_without_it():
     policy = run_with({"algorithm.reference": True})["job"].policy
-    assert policy.reference_unet is None  # no second network
+    assert not hasattr(policy.adapter, "reference")  # no second network
     fresh = start({}).policy
     x_t, k = torch.randn(1, *policy.latent_shape, generator=torch.Generator().manual_seed(0)), torch.tensor([0])
+    texts, rows = policy.encode(["a red circle"]), torch.tensor([0])
     with torch.no_grad():
-        texts, rows = policy.encode(["a red circle"]), torch.tensor([0])
         reference, trained = (policy.predict(x_t, k, texts, rows, 2.0, reference=flag) for flag in (True, False))
         untrained = fresh.predict(x_t, k, texts, rows, 2.0)
     assert torch.equal(reference, untrained) and not torch.equal(trained, untrained)
@@ -472,18 +473,18 @@ def test_the_reference_of_a_lora_is_the_network_without_it():
 def test_full_fine_tuning_trains_everything_against_a_frozen_copy():
     run = run_with(TWO | {"model.lora_rank": 0, "algorithm.reference": True, "update.learning_rate": 1e-5})
     policy = run["job"].policy
-    assert policy.trainable.keys() == dict(policy.unet.named_parameters()).keys()
-    assert not any(p.requires_grad for p in policy.reference_unet.parameters())
+    assert policy.trainable.keys() == dict(policy.family.network.named_parameters()).keys()
+    assert not any(p.requires_grad for p in policy.adapter.reference.parameters())
     assert run["rows"][0]["mean_kl"] == 0 and run["rows"][1]["mean_kl"] != 0
-    fresh = start({}).policy.unet
-    frozen = dict(policy.reference_unet.named_parameters())
+    fresh = start({}).policy.family.network
+    frozen = dict(policy.adapter.reference.named_parameters())
     assert all(torch.equal(p, frozen[name.replace(".base_layer", "")]) for name, p in fresh.named_parameters() if "lora_" not in name)
-    moved = [name for name, p in policy.unet.named_parameters() if not torch.equal(p, frozen[name])]
+    moved = [name for name, p in policy.family.network.named_parameters() if not torch.equal(p, frozen[name])]
     assert len(moved) == len(frozen)
 
 
 def test_full_fine_tuning_without_a_reference_keeps_one_copy():
-    assert start({"model.lora_rank": 0}).policy.reference_unet is None
+    assert start({"model.lora_rank": 0}).policy.adapter.reference is None
 
 
 @pytest.mark.parametrize("rank", [2, 0])
@@ -512,7 +513,7 @@ def with_scaler(scale: float):
 def test_the_scaler_changes_no_number():
     scaled, plain = with_scaler(2.0**10), start({"update.max_grad_norm": 1.0})
     rows = [run_epoch(job, 0, Console(quiet=True)) for job in (scaled, plain)]
-    assert rows[0]["policy_grad_norm"] == pytest.approx(rows[1]["policy_grad_norm"], rel=1e-4)
+    assert abs(rows[0]["policy_grad_norm"] - rows[1]["policy_grad_norm"]) <= bound("policy_grad_norm", rows[1], plain.preset)
     assert rows[0]["critic_grad_norm"] == rows[1]["critic_grad_norm"]  # the critic is never scaled
     assert rows[0]["overflowed_steps"] == rows[0]["skipped_steps"] == 0
 
@@ -531,14 +532,14 @@ def test_an_overflow_skips_the_policy_step_only_and_is_no_fault(monkeypatch):
 
 
 def test_a_broken_loss_is_a_fault_with_a_scaler_too(monkeypatch):
-    real = StableDiffusion.transition
+    real = Policy.transition
 
     def broken(self, *args, **kwargs):
         transition = real(self, *args, **kwargs)
         return dataclasses.replace(transition, mean=transition.mean * float("nan")) if torch.is_grad_enabled() else transition
 
     job = with_scaler(1024.0)
-    monkeypatch.setattr(StableDiffusion, "transition", broken)
+    monkeypatch.setattr(Policy, "transition", broken)
     with pytest.raises(WorkError, match="every optimizer step of the epoch had a non-finite loss"):
         run_epoch(job, 0, Console(quiet=True))
 

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from tdpo_cli import models
 from tdpo_cli.config.preset import Model, Preset
 from tdpo_cli.errors import RequestError
-from tdpo_cli.models import adapter
-from tdpo_cli.models.samplers import ddim
+from tdpo_cli.models import lora_file
+from tdpo_cli.models.samplers.ddim import DDIM
 from tdpo_cli.storage.run_dir import RunDir
 
 SOURCE = Path(__file__).parents[3] / "data" / "trace_a" / "model" / "pipeline"
@@ -50,9 +50,9 @@ def outputs(policy):
     policy.set_schedule(4, 1.0)
     draw = torch.Generator().manual_seed(0)
     x_t = torch.randn(2, *policy.latent_shape, generator=draw)
-    embeds = policy.encode(["a cat", "a dog"])
-    transition = policy.transition(x_t, torch.tensor([0, 3]), embeds, 5.0)
-    return {"embeds": embeds, "mean": transition.mean, "std": transition.std, "image": policy.decode(x_t)}
+    texts = policy.encode(["a cat", "a dog"])
+    transition = policy.transition(x_t, torch.tensor([0, 3]), texts, torch.tensor([0, 1]), 5.0)
+    return {"embeds": texts.parts["embeds"], "mean": transition.mean, "std": transition.std, "image": policy.decode(x_t)}
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_a_folder_with_fp16_files_only_loads(tmp_path, expected, pickled):
     weights = [file.name for file in tmp_path.rglob("*") if file.suffix in (".bin", ".safetensors")]
     assert len(weights) == 3 and all(".fp16." in name for name in weights)
     policy = load(tmp_path)
-    assert policy.unet.dtype == torch.float32  # a CPU computes in fp32
+    assert policy.family.network.dtype == torch.float32  # a CPU computes in fp32
     assert_same(outputs(policy), expected, tolerance=0.05)
 
 
@@ -169,15 +169,15 @@ def test_v_prediction_is_read_from_the_config(folder, expected):
     edit(folder / "scheduler/scheduler_config.json", prediction_type="v_prediction")
     policy = load(folder)
     assert not torch.allclose(outputs(policy)["mean"], expected["mean"], atol=1e-2)
-    assert policy.schedule.prediction_type == "v_prediction"
+    assert policy.sampler.prediction_type == "v_prediction"
 
 
 def test_v_prediction_mean_by_hand():
     """Stable Diffusion 2.x: x0 = sqrt(abar) x - sqrt(1 - abar) v, eps = sqrt(abar) v + sqrt(1 - abar) x."""
-    schedule = ddim.schedule({**SD1, "prediction_type": "v_prediction", "clip_sample": False}, 4, 1.0)
+    schedule = DDIM.of({**SD1, "prediction_type": "v_prediction", "clip_sample": False}, 4, 1.0)
     x_t, v = torch.tensor(0.7), torch.tensor(-0.3)
-    ours = ddim.transition(v.view(1, 1, 1, 1), x_t.view(1, 1, 1, 1), torch.tensor([1]), schedule).mean.item()
-    abar, before, sigma = (float(t[1]) for t in (schedule.abar, schedule.abar_prev, schedule.sigma))
+    ours = schedule.step(v.view(1, 1, 1, 1), x_t.view(1, 1, 1, 1), torch.tensor([1])).mean.item()
+    abar, before, sigma = (float(t[1]) for t in (schedule.abar, schedule.abar_prev, schedule.std))
     x_0 = abar**0.5 * 0.7 + (1 - abar) ** 0.5 * 0.3
     eps = -(abar**0.5) * 0.3 + (1 - abar) ** 0.5 * 0.7
     assert ours == pytest.approx(before**0.5 * x_0 + (1 - before - sigma**2) ** 0.5 * eps, abs=1e-6)
@@ -191,7 +191,7 @@ def test_zero_terminal_snr_has_finite_log_probs(folder):
     for steps in (4, 10, 50):
         policy.set_schedule(steps, 1.0)
         x = torch.randn(1, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
-        transition = policy.transition(x, torch.tensor([0]), policy.encode(["a cat"]), 1.0)
+        transition = policy.transition(x, torch.tensor([0]), policy.encode(["a cat"]), torch.tensor([0]), 1.0)
         assert policy.timesteps[0] == 999
         assert transition.log_prob(transition.sample(torch.zeros_like(x))).isfinite().all()
 
@@ -201,7 +201,7 @@ def test_a_config_without_clip_sample_clips(folder, expected):
     edit(folder / "scheduler/scheduler_config.json", clip_sample=...)
     policy = load(folder)
     ours = outputs(policy)
-    assert policy.schedule.clip_sample_range == 1.0
+    assert policy.sampler.clip_sample_range == 1.0
     assert not torch.allclose(ours["mean"], expected["mean"])
 
 
@@ -209,7 +209,7 @@ def test_dynamic_thresholding_is_read_from_the_config(folder):
     edit(folder / "scheduler/scheduler_config.json", thresholding=True, dynamic_thresholding_ratio=0.9, sample_max_value=2.0)
     policy = load(folder)
     policy.set_schedule(4, 1.0)
-    assert (policy.schedule.threshold_ratio, policy.schedule.threshold_max) == (0.9, 2.0)
+    assert (policy.sampler.threshold_ratio, policy.sampler.threshold_max) == (0.9, 2.0)
 
 
 def test_a_step_without_noise_cannot_be_trained_on_but_sampled(folder):
@@ -228,19 +228,19 @@ def test_eta_0_cannot_be_trained_on_but_sampled(folder):
 
 @pytest.mark.parametrize("steps", [999, 600, 50, 7, 1])
 def test_every_step_adds_noise_at_any_number_of_steps(steps):
-    schedule = ddim.schedule({**SD1, "_class_name": "PNDMScheduler", "clip_sample": False}, steps, 1.0)
+    schedule = DDIM.of({**SD1, "_class_name": "PNDMScheduler", "clip_sample": False, "steps_offset": 1}, steps, 1.0)
     assert len(schedule) == steps
-    assert (schedule.sigma > 0).all() and schedule.sigma.isfinite().all()
+    assert (schedule.std > 0).all() and schedule.std.isfinite().all()
 
 
 def test_more_steps_than_the_model_has_is_refused():
     with pytest.raises(RequestError, match="rollout.steps 1000 is too many.*at most 999"):
-        ddim.schedule({**SD1, "_class_name": "PNDMScheduler"}, 1000, 1.0)
+        DDIM.of({**SD1, "_class_name": "PNDMScheduler"}, 1000, 1.0)
 
 
 def test_an_unknown_prediction_type_is_refused():
     with pytest.raises(RequestError, match="prediction_type is 'flow'; supported: epsilon, sample, v_prediction"):
-        ddim.schedule({**SD1, "prediction_type": "flow"}, 4, 1.0)
+        DDIM.of({**SD1, "prediction_type": "flow"}, 4, 1.0)
 
 
 # --- wrong and incomplete folders ---------------------------------------------------------------------------------------
@@ -368,7 +368,7 @@ def test_a_hub_id_loads_from_the_cache_by_revision(cache, expected):
     assert_same(outputs(load("someone/tiny")), expected)
     policy = load("someone/tiny", revision="fp16")
     policy.set_schedule(4, 1.0)
-    assert policy.schedule.prediction_type == "v_prediction"
+    assert policy.sampler.prediction_type == "v_prediction"
     with pytest.raises(RequestError, match="hf download someone/tiny --revision nope"):
         load("someone/tiny", revision="nope")
 
@@ -409,7 +409,7 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize("how", ["file", "checkpoint", "run"])
 def test_training_starts_from_a_lora_file_a_checkpoint_or_a_run(trained, expected, how):
     run, checkpoint, made = trained
-    start = {"file": checkpoint / adapter.FILE, "checkpoint": checkpoint, "run": run}[how]
+    start = {"file": checkpoint / lora_file.FILE, "checkpoint": checkpoint, "run": run}[how]
     policy = load(SOURCE, start_from=str(start))
     assert_same(outputs(policy), made)
     assert not torch.allclose(made["mean"], expected["mean"], atol=1e-3)
@@ -421,7 +421,7 @@ def test_the_reference_of_a_continued_lora_is_the_base_model(trained, expected):
     policy.set_schedule(4, 1.0)
     x_t = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        transition = policy.transition(x_t, torch.tensor([0, 3]), policy.encode(["a cat", "a dog"]), 5.0, reference=True)
+        transition = policy.transition(x_t, torch.tensor([0, 3]), policy.encode(["a cat", "a dog"]), torch.tensor([0, 1]), 5.0, reference=True)
     torch.testing.assert_close(transition.mean, expected["mean"])
 
 
@@ -455,15 +455,15 @@ def test_start_from_nothing_is_one_message(tmp_path):
 
 
 def test_a_lora_of_another_model_is_one_message(trained, tmp_path):
-    tensors = load_file(trained[1] / adapter.FILE)
+    tensors = load_file(trained[1] / lora_file.FILE)
     save_file({name: torch.zeros(t.shape[0] + 3, t.shape[1] + 3) for name, t in tensors.items()}, tmp_path / "other.safetensors")
     with pytest.raises(RequestError, match="do not fit the base model"):
         load(SOURCE, start_from=str(tmp_path / "other.safetensors"))
 
 
 def test_a_damaged_lora_is_one_message(trained, tmp_path):
-    shutil.copy(trained[1] / adapter.FILE, tmp_path / adapter.FILE)
-    truncate(tmp_path / adapter.FILE)
+    shutil.copy(trained[1] / lora_file.FILE, tmp_path / lora_file.FILE)
+    truncate(tmp_path / lora_file.FILE)
     with pytest.raises(RequestError, match="not a readable safetensors file"):
         load(SOURCE, start_from=str(tmp_path))
 
@@ -476,6 +476,6 @@ def test_a_file_without_unet_lora_is_one_message(tmp_path):
 
 def test_several_loras_in_a_folder_must_be_told_apart(trained, tmp_path):
     for name in ("a", "b"):
-        shutil.copy(trained[1] / adapter.FILE, tmp_path / f"{name}.safetensors")
+        shutil.copy(trained[1] / lora_file.FILE, tmp_path / f"{name}.safetensors")
     with pytest.raises(RequestError, match="several LoRA files there"):
         load(SOURCE, start_from=str(tmp_path))

@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from tdpo_cli.errors import RequestError
-from tdpo_cli.models.samplers import ddim
+from tdpo_cli.models.samplers.ddim import DDIM
 from tdpo_cli.types import Transition
 
 STABLE_DIFFUSION = {
@@ -29,8 +29,8 @@ def theirs(settings, steps, k, prediction, x_t, noise, eta):
 
 
 def ours(settings, steps, k, prediction, x_t, noise, eta):
-    schedule = ddim.schedule(settings, steps, eta)
-    return ddim.transition(prediction, x_t, torch.full((len(x_t),), k), schedule).sample(noise)
+    schedule = DDIM.of(settings, steps, eta)
+    return schedule.step(prediction, x_t, torch.full((len(x_t),), k)).sample(noise)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
@@ -63,10 +63,10 @@ def test_thresholding_wins_over_clipping_as_in_diffusers():
 
 def test_thresholding_is_per_image():
     settings = config(thresholding=True, sample_max_value=5.0)
-    schedule = ddim.schedule(settings, 5, 1.0)
+    schedule = DDIM.of(settings, 5, 1.0)
     prediction, x_t, k = normal(0), torch.cat([normal(1)[:1], 9 * normal(1)[1:]]), torch.tensor([2, 2])
-    both = ddim.transition(prediction, x_t, k, schedule).mean
-    alone = ddim.transition(prediction[:1], x_t[:1], k[:1], schedule).mean
+    both = schedule.step(prediction, x_t, k).mean
+    alone = schedule.step(prediction[:1], x_t[:1], k[:1]).mean
     assert both[:1].allclose(alone, atol=1e-6)
 
 
@@ -87,42 +87,42 @@ def test_set_alpha_to_one_has_no_effect():
 
 def test_the_schedule_by_hand():
     settings = config(num_train_timesteps=4, trained_betas=[0.5, 0.5, 0.5, 0.5], steps_offset=1)
-    schedule = ddim.schedule(settings, 2, eta=0.5)
+    schedule = DDIM.of(settings, 2, eta=0.5)
     # leading: (2, 0) + 1; two timesteps back, clamped at 0; cumulative alphas 1/2, 1/4, 1/8, 1/16
     assert schedule.timesteps.tolist() == [3, 1]
     assert schedule.abar.tolist() == [1 / 16, 1 / 4]
     assert schedule.abar_prev.tolist() == [1 / 4, 1 / 2]
     variances = [(3 / 4) / (15 / 16) * (1 - 1 / 4), (1 / 2) / (3 / 4) * (1 - 1 / 2)]
-    assert schedule.sigma.tolist() == pytest.approx([0.5 * variance**0.5 for variance in variances])
+    assert schedule.std.tolist() == pytest.approx([0.5 * variance**0.5 for variance in variances])
 
 
 def test_another_schedulers_config_is_read_as_ddims():
     pndm = {**config(), "_class_name": "PNDMScheduler", "skip_prk_steps": True}
-    assert ddim.schedule(pndm, 50, 1.0).timesteps[:3].tolist() == [981, 961, 941]
+    assert DDIM.of(pndm, 50, 1.0).timesteps[:3].tolist() == [981, 961, 941]
 
 
 def test_steps_may_differ_within_a_batch():
-    schedule = ddim.schedule(config(), 5, 1.0)
+    schedule = DDIM.of(config(), 5, 1.0)
     prediction, x_t = normal(0), normal(1)
-    mixed = ddim.transition(prediction, x_t, torch.tensor([3, 1]), schedule)
+    mixed = schedule.step(prediction, x_t, torch.tensor([3, 1]))
     for row, k in enumerate((3, 1)):
-        alone = ddim.transition(prediction[row : row + 1], x_t[row : row + 1], torch.tensor([k]), schedule)
+        alone = schedule.step(prediction[row : row + 1], x_t[row : row + 1], torch.tensor([k]))
         assert mixed.mean[row : row + 1].equal(alone.mean) and mixed.std[row].equal(alone.std[0])
 
 
 def test_half_precision_predictions_are_stepped_in_single():
-    transition = ddim.transition(normal(0).half(), normal(1), torch.tensor([0, 0]), ddim.schedule(config(), 5, 1.0))
+    transition = DDIM.of(config(), 5, 1.0).step(normal(0).half(), normal(1), torch.tensor([0, 0]))
     assert transition.mean.dtype == transition.std.dtype == torch.float32
 
 
 def test_an_unknown_prediction_type_is_named():
     with pytest.raises(RequestError, match="prediction_type is 'flow'; supported: epsilon, sample, v_prediction"):
-        ddim.schedule(config(prediction_type="flow"), 5, 1.0)
+        DDIM.of(config(prediction_type="flow"), 5, 1.0)
 
 
 # --- density ----------------------------------------------------------------------------------------------------------
 def test_log_prob_is_the_mean_of_the_normal_log_density():
-    transition = Transition(mean=normal(0), std=torch.tensor([0.3, 2.0]).view(2, 1, 1, 1))
+    transition = Transition(mean=normal(0), std=torch.tensor([0.3, 2.0]).view(2, 1, 1, 1), x0=normal(0))
     x = normal(1)
     expected = torch.distributions.Normal(transition.mean, transition.std).log_prob(x).mean(dim=(1, 2, 3))
     assert transition.log_prob(x).allclose(expected, atol=1e-6)
@@ -130,12 +130,12 @@ def test_log_prob_is_the_mean_of_the_normal_log_density():
 
 def test_the_gradient_goes_through_the_mean_and_not_through_the_sample():
     mean, x = normal(0).requires_grad_(), normal(1).requires_grad_()
-    Transition(mean, torch.full((2, 1, 1, 1), 0.5)).log_prob(x).sum().backward()
+    Transition(mean, torch.full((2, 1, 1, 1), 0.5), mean).log_prob(x).sum().backward()
     # d/dmu = (x - mu) / sigma^2 / elements
     assert mean.grad.allclose((x - mean).detach() / 0.25 / mean[0].numel(), atol=1e-7)
     assert x.grad is None
 
 
 def test_the_densest_point_is_the_mean():
-    transition = Transition(mean=normal(0), std=torch.ones(2, 1, 1, 1))
+    transition = Transition(mean=normal(0), std=torch.ones(2, 1, 1, 1), x0=normal(0))
     assert (transition.log_prob(transition.mean) > transition.log_prob(transition.mean + 0.1)).all()

@@ -1,5 +1,6 @@
 """Facts about exported LoRA files: other programs' names, the same numbers, and one clear line where there is no LoRA."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,10 +10,12 @@ from helpers import make_preset, tdpo
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tolerances import same_output
 
 from tdpo_cli import models
 from tdpo_cli.errors import RequestError
-from tdpo_cli.models import adapter, kohya
+from tdpo_cli.models import adapter, kohya, lora_file
+from tdpo_cli.models.family import Family
 from tdpo_cli.sandbox import ZOO
 from tdpo_cli.storage.run_dir import RunDir
 
@@ -40,8 +43,8 @@ def run(policy, tmp_path_factory):
 
     def halved(path):
         policy.save(path)
-        state = load_file(path / adapter.FILE)
-        save_file({name: tensor / 2 if "lora_B" in name else tensor for name, tensor in state.items()}, path / adapter.FILE)
+        state = load_file(path / lora_file.FILE)
+        save_file({name: tensor / 2 if "lora_B" in name else tensor for name, tensor in state.items()}, path / lora_file.FILE)
 
     folder.save_checkpoint(3, halved, PRESET.digest(), None)
     folder.save_checkpoint(7, policy.save, PRESET.digest(), None)
@@ -65,7 +68,7 @@ def sd1_state(rank=4, width=768):
     """The LoRA of a UNet of full size, without numbers."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=width, attention_head_dim=8)
-        adapter.attach(unet, rank, torch.Generator())
+        adapter.attach(unet, rank, Family.lora_targets, torch.Generator())
     state = get_peft_model_state_dict(unet, adapter_name=adapter.ADAPTER)
     return unet, {f"unet.{name}": tensor for name, tensor in state.items()}
 
@@ -89,25 +92,24 @@ def test_diffusers_makes_the_same_images_of_the_exported_file(run, exported):
 def test_up_times_down_added_by_hand_is_the_adapted_network(policy, exported):
     """What the format means to its readers: weight + up @ down * alpha / rank."""
     state = load_file(exported[0])
-    plain = models.load(PRESET.model, trainable=False).unet
+    plain = models.load(PRESET.model, trainable=False).family.network
     layers = {f"lora_unet_{name.replace('.', '_')}": layer for name, layer in plain.named_modules()}
     inputs = {
         "sample": torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(2)),
-        "timestep": torch.tensor([700, 20]), "encoder_hidden_states": policy.encode(["a red circle", "a blue ring"]),
+        "timestep": torch.tensor([700, 20]), "encoder_hidden_states": policy.family.encode(["a red circle", "a blue ring"]).parts["embeds"],
     }  # fmt: skip
     with torch.no_grad():
         untouched = plain(**inputs).sample
         for name in {key.split(".")[0] for key in state}:
             up, down, alpha = (state[f"{name}.{part}"] for part in ("lora_up.weight", "lora_down.weight", "alpha"))
             layers[name].weight += up @ down * (alpha / len(down))
-        by_hand, adapted = plain(**inputs).sample, policy.unet(**inputs).sample
-    torch.testing.assert_close(by_hand, adapted, rtol=1e-4, atol=1e-5)
+        by_hand, adapted = plain(**inputs).sample, policy.family.network(**inputs).sample
+    assert same_output(by_hand, adapted)
     assert (untouched - adapted).abs().max() > 0.1
 
 
 def test_our_own_reader_finds_the_same_weights(policy, exported):
-    again = models.load(PRESET.model, trainable=False)
-    again.load_adapter(exported[0], trainable=True)
+    again = models.load(dataclasses.replace(PRESET.model, start_from=str(exported[0])))
     ours = policy.state_dict()
     assert ours.keys() == again.state_dict().keys()
     assert all(tensor.equal(ours[name]) for name, tensor in again.state_dict().items())
@@ -173,7 +175,7 @@ def test_an_earlier_epoch_is_another_file(run, exported, tmp_path):
 def test_a_checkpoint_may_be_named_in_several_ways(which, run, exported, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = run / "checkpoints/epoch_0007"
-    argument, name = {"checkpoint folder": (folder, "my-run-epoch_0007"), "LoRA file": (folder / adapter.FILE, "pytorch_lora_weights")}[which]
+    argument, name = {"checkpoint folder": (folder, "my-run-epoch_0007"), "LoRA file": (folder / lora_file.FILE, "pytorch_lora_weights")}[which]
     assert tdpo("export", argument, "--format", "kohya").status == 0
     (file,) = tmp_path.iterdir()
     assert file.name == f"{name}-kohya.safetensors"
@@ -232,7 +234,7 @@ def test_a_disk_that_fills_up_leaves_nothing_and_is_no_wrong_request(run, tmp_pa
     def full(*arguments, **more):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tdpo_cli.models.export.save_file", full)
+    monkeypatch.setattr("tdpo_cli.export.export.save_file", full)
     outcome = tdpo("export", run, "--format", "kohya", "--out", tmp_path / "out.safetensors")
     assert outcome.status == 1 and "writing failed: No space left on device" in outcome.err
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,98 @@
+"""The seam of model families: what a family's file writes, and what all families share.
+
+A family is three functions (`encode`, `denoise`, `decode`) and a few facts. The denoising loop, guidance, LoRA, the
+reference, saving and memory are shared and know no family. The diffusers pipeline lends its parts, its `encode_prompt` and
+its LoRA file format; its loop is not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from tdpo_cli.models.samplers import Sampler
+from tdpo_cli.models.samplers.ddim import DDIM
+from tdpo_cli.types import Conditioning
+
+
+class Family:
+    """Base of all families. `latent_shape` is the space the noise is drawn in, never packed: packing, lists, sign and time
+    conventions are private to `denoise`."""
+
+    component: ClassVar[str] = "transformer"  # what trains, and the prefix of its LoRA keys: unet | transformer
+    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")  # suffixes of module names
+    guidance: str = "cfg"  # cfg | embedded (the network reads the scale) | none
+    tokens: int | None = None  # image tokens, where the schedule depends on the resolution
+
+    pipeline: DiffusionPipeline
+    device: torch.device
+    latent_shape: tuple[int, ...]
+    scheduler_config: dict[str, Any]
+
+    def __init__(self, pipeline: DiffusionPipeline, scheduler_config: dict[str, Any], device: torch.device, resolution: tuple[int, int] | None):
+        self.pipeline, self.scheduler_config, self.device = pipeline, scheduler_config, device
+        self.latent_shape = self.shape_of(resolution)
+
+    # --- what a family writes -------------------------------------------------------------------------------------------
+    def shape_of(self, resolution: tuple[int, int] | None) -> tuple[int, ...]:
+        """The shape of one latent for images of (height, width) pixels; None: the family's own size. Raises RequestError."""
+        raise NotImplementedError
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """One row per prompt."""
+        raise NotImplementedError
+
+    def denoise(self, x: Tensor, t: Tensor, texts: Conditioning, guidance: float) -> Tensor:
+        """One call of the network, without classifier-free guidance. x [b,*latent_shape], t [b], texts b rows -> as x"""
+        raise NotImplementedError
+
+    def sampler(self, steps: int, noise: float | None) -> Sampler:
+        """The T steps with that much noise, None for the family's own; on the device. Raises RequestError."""
+        return DDIM.of(self.scheduler_config, steps, 1.0 if noise is None else noise).to(self.device)
+
+    # --- what a family may change ---------------------------------------------------------------------------------------
+    @property
+    def prompt_limit(self) -> int:
+        """Tokens of a prompt that the text encoder reads."""
+        return self.pipeline.tokenizer.model_max_length
+
+    def encode_negative(self, prompt: str) -> Conditioning:
+        """The one row of the unconditional half of guidance."""
+        return self.encode([prompt])
+
+    def combine(self, unconditional: Tensor, conditional: Tensor, guidance: float) -> Tensor:
+        """Classifier-free guidance (Ho & Salimans 2022). All [b,*latent_shape]."""
+        return unconditional + guidance * (conditional - unconditional)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[b,*latent_shape] -> images [b,3,H,W] float32 in [0,1], through an AutoencoderKL with its scale and shift."""
+        vae = self.pipeline.vae
+        scaled = latents.to(self.device, torch.float32) / vae.config.scaling_factor
+        if (shift := vae.config.get("shift_factor")) is not None:
+            scaled = scaled + shift
+        return (vae.decode(scaled.to(vae.dtype), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+
+    # --- shared ---------------------------------------------------------------------------------------------------------
+    @property
+    def network(self) -> nn.Module:
+        """The denoiser."""
+        return getattr(self.pipeline, self.component)
+
+    @network.setter
+    def network(self, network: nn.Module) -> None:
+        setattr(self.pipeline, self.component, network)
+
+    def longer_than_limit(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts whose ends are truncated."""
+        lengths = [len(ids) for ids in self.pipeline.tokenizer(list(prompts), verbose=False).input_ids]
+        return [prompt for prompt, length in zip(prompts, lengths, strict=True) if length > self.prompt_limit]
+
+    def normal_form(self, prompt: str) -> str:
+        """The prompt as the first text encoder reads it, truncated and, with CLIP, in lower case. Statistics are kept under it."""
+        tokenizer = self.pipeline.tokenizer
+        ids = tokenizer([prompt], truncation=True, max_length=self.prompt_limit).input_ids[0]
+        return tokenizer.decode(ids, skip_special_tokens=True)

@@ -1,0 +1,54 @@
+"""A LoRA on disk: which file it is, whether it is whole, what rank it has. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError, safe_open
+
+from tdpo_cli.errors import RequestError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FILE = "pytorch_lora_weights.safetensors"
+
+
+def find(path: Path) -> Path:
+    """The weights file of a LoRA folder, or the file itself. Raises RequestError."""
+    if path.is_file():
+        return path
+    candidates = [path / FILE] if (path / FILE).is_file() else sorted(path.glob("*.safetensors"))
+    candidates = [file for file in candidates if file.name != "critic.safetensors"]
+    if not candidates:
+        raise RequestError(f"{path}: no LoRA weights there ({FILE}).")
+    if len(candidates) > 1:
+        raise RequestError(f"{path}: several LoRA files there ({', '.join(f.name for f in candidates)}); name one.")
+    return candidates[0]
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """A LoRA file's tensors. Raises RequestError for a damaged file."""
+    from safetensors.torch import load_file
+
+    file = find(path)
+    check(file)
+    return load_file(file)
+
+
+def check(file: Path) -> None:
+    """RequestError unless the header of a safetensors file can be read and its length is right."""
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise RequestError(f"{file}: damaged, not a readable safetensors file ({error}). Copy or download it again.") from None
+
+
+def rank_of(path: Path) -> int:
+    """The rank of the adapter in a file. Raises RequestError."""
+    down = [tensor for name, tensor in read(path).items() if ".lora_A." in name or "lora_down" in name or ".lora.down." in name]
+    if not down:
+        raise RequestError(f"{find(path)}: no LoRA weights in it.")
+    return down[0].shape[0]

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from tdpo_cli.algorithms import base
+from tdpo_cli.algorithms.base import credit as credit_of
+from tdpo_cli.algorithms.base import usable
 from tdpo_cli.console import Console
 from tdpo_cli.errors import RequestError, WorkError
 from tdpo_cli.machine import memory
 from tdpo_cli.randomness import shuffle_plan, unshuffled
 from tdpo_cli.rewards import scoring
-from tdpo_cli.train import metrics
+from tdpo_cli.train import metrics, sharing
 from tdpo_cli.train.metrics import EpochResult
 from tdpo_cli.train.rollout import Actor
 from tdpo_cli.train.state import Job
@@ -26,21 +27,23 @@ def run_epoch(job: Job, epoch: int, console: Console) -> dict[str, Any]:
     """One epoch in the paper's order. -> its row of metrics.jsonl"""
     preset, world, seconds = job.preset, job.world, {}
     actor = Actor(job.policy, job.critic, job.encoder, job.randomness, preset, job.plan, job.backbones)
-    ids = world.mine(preset.rollout.samples_per_epoch)
     start = time.perf_counter()
+    orders = _orders(job, epoch)
+    home = sharing.homes(orders[0], preset.update.batch_size, world)
+    ids = (home == world.rank).nonzero().flatten().tolist()
 
     with console.timed(seconds, "rollout"), console.progress(f"epoch {epoch}: sampling", len(ids) * preset.rollout.steps) as advance:
         draw = actor.draw(epoch, job.prompts)
-        trajectory = actor.rollout(draw, ids, advance)
+        own = actor.rollout(draw, ids, advance)
 
     with console.timed(seconds, "score"), console.progress(f"epoch {epoch}: scoring", len(ids) * len(job.rewards)) as advance:
-        samples, scores = world.gather(trajectory, _scores(job, trajectory, advance))
-        del trajectory  # and with it the images
+        samples, scores = sharing.of_all(own, draw, _scores(job, own, advance), home, world)
+        del own  # and with it the images
         _report_faults(job, samples, scores, console)
 
     with console.timed(seconds, "update"), console.progress(f"epoch {epoch}: updating", preset.updates_per_epoch) as advance:
-        credit = base.credit(job.algorithm, samples, scores[preset.reward.train])
-        steps, neurons = _inner_epochs(job, samples, credit, _Watch(job, samples, advance, console))
+        credit = credit_of(job.algorithm, samples, scores[preset.reward.train])
+        steps, neurons = _inner_epochs(job, samples, credit, orders, _Watch(job, samples, advance, console))
         job.algorithm.after_epoch(credit)
 
     seconds["total"] = time.perf_counter() - start
@@ -48,11 +51,13 @@ def run_epoch(job: Job, epoch: int, console: Console) -> dict[str, Any]:
     return metrics.row(job, EpochResult(epoch, samples, scores, credit, steps, neurons, seconds))
 
 
-def _inner_epochs(job: Job, samples: Trajectory, credit: Credit, watch: _Watch) -> tuple[list[Step], dict[str, Any]]:
+def _inner_epochs(
+    job: Job, samples: Trajectory, credit: Credit, orders: Sequence[ShufflePlan], watch: _Watch
+) -> tuple[list[Step], dict[str, Any]]:  # fmt: skip
     """Pass over the samples several times, each time in another order. -> optimizer steps, statistics of the critic's neurons"""
     learner = Learner(job.policy, job.critic, job.optimizers, job.preset, job.randomness, job.plan, job.world)
     steps, neurons = [], {}
-    for inner, order in enumerate(_orders(job, samples.epoch)):
+    for inner, order in enumerate(orders):
         watch.inner = inner
         steps += learner.inner_epoch(samples, credit, order, inner, watch)
         before = neurons.get("reset", 0)
@@ -62,13 +67,14 @@ def _inner_epochs(job: Job, samples: Trajectory, credit: Credit, watch: _Watch) 
     return steps, neurons
 
 
-def _orders(job: Job, epoch: int) -> Iterator[ShufflePlan]:
+def _orders(job: Job, epoch: int) -> list[ShufflePlan]:
     """The order of every inner epoch: a function of seed and epoch. Shuffles accumulate."""
-    preset, settings = job.preset, job.preset.update
+    preset, settings, orders = job.preset, job.preset.update, []
     order = unshuffled(preset.rollout.samples_per_epoch, preset.stochastic_steps)
     for inner in range(settings.inner_epochs):
         order = shuffle_plan(job.randomness, epoch, inner, order, settings.shuffle_samples, settings.shuffle_timesteps)
-        yield order.first_columns(preset.trained_steps)
+        orders.append(order.first_columns(preset.trained_steps))
+    return orders
 
 
 class _Watch(Observer):
@@ -130,11 +136,11 @@ def _report_faults(job: Job, samples: Trajectory, scores: dict[str, Tensor], con
         if bad:
             what = "optimizer steps with these samples are skipped" if name == train else "no mean of it in this epoch's row"
             faults.append(f"epoch {samples.epoch}: reward {name} gave {len(bad)} non-finite scores, for {_named(bad)}; {what}.")
-    usable = base.usable(samples, scores[train])
-    broken = [prompt for prompt, fine, score in zip(samples.prompts, usable, scores[train], strict=True) if score.isfinite() and not fine]
+    fine = usable(samples, scores[train])
+    broken = [prompt for prompt, sound, score in zip(samples.prompts, fine, scores[train], strict=True) if score.isfinite() and not sound]
     if broken:
         faults.append(f"epoch {samples.epoch}: the networks gave non-finite log-probabilities or values for {_named(broken)}.")
-    if not usable.any():
+    if not fine.any():
         raise WorkError(f"{' '.join(faults)} No sample is left to train on. The last finished epoch is safe on disk.")
     for fault in faults if job.world.is_main else ():
         console.warn(fault)

@@ -85,8 +85,8 @@ class Actor:
     def _film(self, count: int) -> Film:
         """Room for what is kept of `count` samples. Made outside inference mode, so ordinary tensors; filled in place, once."""
         policy, steps = self.policy, trained_steps(self.policy)
-        if len(steps) != self.preset.stochastic_steps:
-            raise WorkError(f"the sampler has {len(steps)} steps with noise, the preset counts {self.preset.stochastic_steps}.")
+        if steps != list(range(steps[0], steps[0] + self.preset.stochastic_steps)):
+            raise WorkError(f"the sampler has noise in steps {steps}; the preset counts {self.preset.stochastic_steps} that follow each other.")
         shape, offload = policy.latent_shape, self.plan.offload
         latents = room((count, len(steps) + 1, *shape), policy.device, offload)
         ends = steps[-1] == len(policy.timesteps) - 1
@@ -133,8 +133,8 @@ class Actor:
 
 
 def trained_steps(policy: Policy) -> list[int]:
-    """The steps k that have a log-probability, in order, without gaps: all of them with DDIM."""
-    return list(range(len(policy.timesteps)))
+    """The steps k that have a log-probability, in order: all of them with DDIM."""
+    return policy.stochastic.nonzero().flatten().tolist()
 
 
 @dataclass(frozen=True)

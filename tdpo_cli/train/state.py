@@ -101,7 +101,7 @@ def build(preset: Preset, world: World, plan: memory.Plan) -> Job:
     )  # fmt: skip
 
 
-def make_optimizers(policy: models.Policy, critic: Critic | None, preset: Preset) -> Optimizers:
+def make_optimizers(policy: Policy, critic: Critic | None, preset: Preset) -> Optimizers:
     settings, device = preset.update, policy.device
     options = dict(betas=(settings.adam_beta1, settings.adam_beta2), eps=settings.adam_epsilon, weight_decay=settings.adam_weight_decay)
     policy_class = torch.optim.AdamW

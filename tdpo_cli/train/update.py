@@ -11,13 +11,16 @@ from torch import Tensor
 from tdpo_cli.algorithms.critic import DROPOUT, WIDTHS, Critic
 from tdpo_cli.config.preset import Preset
 from tdpo_cli.machine.memory import Plan
-from tdpo_cli.machine.transfer import rows, send
+from tdpo_cli.machine.transfer import send
 from tdpo_cli.machine.world import World
 from tdpo_cli.models.policy import Policy
 from tdpo_cli.randomness import Randomness
+from tdpo_cli.train import sharing
 from tdpo_cli.train.losses import critic_loss, policy_loss
 from tdpo_cli.train.state import Optimizers
 from tdpo_cli.types import Conditioning, Credit, ShufflePlan, Trajectory
+
+WHERE_THEY_ARE = ("latents", "images", "sample_ids", "home")  # columns that the update does not move to the device
 
 
 # --- what a step is made of, and what comes of it -------------------------------------------------------------------------
@@ -89,9 +92,10 @@ class Observer:
 
 @dataclass(frozen=True)
 class _Material:
-    """What an inner epoch trains on. Small columns are on the policy's device, latents where the rollout left them."""
+    """What an inner epoch trains on. Small columns are on the policy's device, latents where they arrived."""
 
     samples: Trajectory
+    latents: sharing.Latents
     credit: Credit
     inner: int
 
@@ -108,8 +112,9 @@ class Learner:
 
     def inner_epoch(self, samples: Trajectory, credit: Credit, order: ShufflePlan, inner: int, observer: Observer) -> list[Step]:
         """Walk the order, one optimizer step per effective batch."""
-        material = _Material(_on_device(samples, self.policy.device), _on_device(credit, self.policy.device), inner)
-        settings, steps = self.preset.update, []
+        settings, device, steps = self.preset.update, self.policy.device, []
+        latents = sharing.latents_of(samples, order, settings.batch_size, self.world)
+        material = _Material(_on_device(samples, device), latents, _on_device(credit, device), inner)
         pairs = order.optimizer_steps(settings.batch_size, self.preset.algorithm.update_mode == "all-timesteps")
         for index, (sample_index, step_index) in enumerate(pairs):
             own = own_pairs(len(sample_index), settings.batch_size, self.world.share(settings.batch_size))
@@ -150,8 +155,7 @@ class Learner:
         """Score recorded transitions again under the current weights. sample, column [b]"""
         recorded, device = material.samples, self.policy.device
         guidance = self.preset.rollout.guidance_scale if self.preset.update.guidance else 1.0
-        stored = rows(recorded.latents, sample, column)
-        x_t, x_next = (send(recorded.latents[stored[0], stored[1] + next_], device) for next_ in (0, 1))
+        x_t, x_next = (material.latents.states(sample, column + next_, device) for next_ in (0, 1))
         sample, column = send(sample, device), send(column, device)
         transition = self.policy.transition(x_t, recorded.steps[column], recorded.texts, recorded.text_rows[sample], guidance)
         log_probs = transition.log_prob(x_next)
@@ -210,7 +214,7 @@ def own_pairs(count: int, batch_rows: int, share: slice) -> Tensor:
 
 def _on_device(record: Trajectory | Credit, device: torch.device) -> Trajectory | Credit:
     """The small columns on the device, once and not at every micro-step; latents stay where they are."""
-    columns = {name: value for name, value in vars(record).items() if isinstance(value, Tensor) and name not in ("latents", "images", "sample_ids")}
+    columns = {name: value for name, value in vars(record).items() if isinstance(value, Tensor) and name not in WHERE_THEY_ARE}
     if isinstance(record, Trajectory):
         columns["texts"] = record.texts
     return replace(record, **{name: value.to(device) if isinstance(value, Conditioning) else send(value, device) for name, value in columns.items()})

@@ -18,7 +18,7 @@ import torch.distributed
 COLLECTIVES = [
     name for name in (
         "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_single", "broadcast", "reduce", "gather", "scatter",
-        "reduce_scatter_tensor", "all_to_all_single", "barrier",
+        "reduce_scatter_tensor", "all_to_all_single", "barrier", "isend", "irecv",
     ) if hasattr(torch.distributed.distributed_c10d, name)
 ]  # fmt: skip
 
@@ -40,9 +40,11 @@ def install(set_: Callable[[Any, str, Any], None] = setattr) -> dict[str, Any]:
     def spied_row(job: Any, result: Any) -> dict[str, Any]:
         written, everyone = row(job, result), result.samples
         state = job.state_dict()
+        held = (everyone.home == job.world.rank).nonzero().flatten().tolist()
         networks = {**state["policy"], **{f"critic.{name}": value for name, value in (state["critic"] or {}).items()}}
         seen["epochs"].append({
-            "prompts": list(everyone.prompts), "sample_ids": everyone.sample_ids.tolist(), "x_T": _digest(everyone.latents[:, 0]),
+            "prompts": list(everyone.prompts), "sample_ids": everyone.sample_ids.tolist(),
+            "x_T": {str(i): _digest(latents[0]) for i, latents in zip(held, everyone.latents, strict=True)},
             "plans": seen["plans"], "weights": _digest(*(networks[name] for name in sorted(networks))), "micro_batch": job.plan.micro_batch,
             "collectives": sum(seen["collectives"].values()), "row": {key: value for key, value in written.items() if "second" not in key},
         })  # fmt: skip

@@ -20,10 +20,9 @@ from tdpo_cli.config.preset import Preset
 from tdpo_cli.console import Console, duration, significant, size
 from tdpo_cli.errors import RequestError
 from tdpo_cli.machine import memory
-from tdpo_cli.overoptimisation import verdict
+from tdpo_cli.overoptimisation import agreement, verdict
 from tdpo_cli.randomness import Randomness
 from tdpo_cli.report.model_card import model_card
-from tdpo_cli.rewards import scoring
 from tdpo_cli.sampling import grid
 from tdpo_cli.sampling.generate import generate
 from tdpo_cli.storage.run_dir import RunDir, epoch_name
@@ -45,7 +44,7 @@ def row(
         columns[f"rewards/{name}/mean"] = known.mean().item() if whole else None
         columns[f"rewards/{name}/std"] = known.std(correction=0).item() if whole else None
     others = [scores[name] for name in job.preset.reward.watch if name not in verdict.TRUE_REWARDS]
-    columns["agreement"] = scoring.agreement(scores[job.preset.reward.train], others, everyone.prompts)
+    columns["agreement"] = agreement.of_samples(scores[job.preset.reward.train], others, everyone.prompts)
     columns |= means
     columns["critic_explained_variance"] = None
     if everyone.values is not None:

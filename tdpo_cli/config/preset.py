@@ -145,6 +145,15 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Shown:
+    """How shown images are made: of sample, previews and cross-eval."""
+
+    steps: int
+    guidance_scale: float
+    noise: float | None  # eta (DDIM) or noise level (flow); None: the family's own for shown images
+
+
+@dataclass(frozen=True)
 class Preset:
     model: Model = dataclasses.field(default_factory=Model)
     rollout: Rollout = dataclasses.field(default_factory=Rollout)
@@ -159,6 +168,16 @@ class Preset:
     def rewards(self) -> tuple[str, ...]:
         """The training reward first, then the watched ones."""
         return (self.reward.train, *self.reward.watch)
+
+    @property
+    def shown(self) -> Shown:
+        """How images are made where nothing trains."""
+        own, rollout = self.sampling, self.rollout
+        return Shown(
+            steps=rollout.steps if own.steps is None else own.steps,
+            guidance_scale=rollout.guidance_scale if own.guidance_scale is None else own.guidance_scale,
+            noise=rollout.eta if own.noise is None else own.noise,
+        )
 
     @property
     def has_critic(self) -> bool:

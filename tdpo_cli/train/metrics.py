@@ -13,8 +13,7 @@ from torch import Tensor
 
 from tdpo_cli.errors import WorkError
 from tdpo_cli.machine.world import World
-from tdpo_cli.overoptimisation import verdict
-from tdpo_cli.rewards import scoring
+from tdpo_cli.overoptimisation import agreement, verdict
 from tdpo_cli.train.losses import approx_kl
 from tdpo_cli.train.state import Job
 from tdpo_cli.train.update import Step
@@ -62,7 +61,7 @@ def _rewards(job: Job, result: EpochResult) -> dict[str, float | None]:
         columns[f"rewards/{name}/mean"] = known.mean().item() if whole else None
         columns[f"rewards/{name}/std"] = known.std(correction=0).item() if whole else None
     others = [scores[name] for name in reward.watch if name not in verdict.TRUE_REWARDS]
-    return columns | {"agreement": scoring.agreement(scores[reward.train], others, result.samples.prompts)}
+    return columns | {"agreement": agreement.of_samples(scores[reward.train], others, result.samples.prompts)}
 
 
 def _explained_variance(values: Tensor | None, credit: Credit) -> float | None:

@@ -50,16 +50,9 @@ def preview(job: Job, folder: RunDir, title: str, file: str) -> None:
     count = job.preset.run.preview_images
     if count == 0:
         return
-    shown = [job.prompts[i % len(job.prompts)] for i in range(count)]
-    batches = generate(
-        job.policy,
-        shown,
-        range(count),
-        Randomness(job.preset.run.seed, "preview"),
-        job.preset.rollout.guidance_scale,
-        job.plan.sample_batch,
-        decode_chunk=job.plan.decode_chunk,
-    )
+    shown, how, plan = [job.prompts[i % len(job.prompts)] for i in range(count)], job.preset.shown, job.plan
+    policy, noise = job.policy.scheduled(how.steps, how.noise), Randomness(job.preset.run.seed, "preview")
+    batches = generate(policy, shown, range(count), noise, how.guidance_scale, plan.sample_batch, decode_chunk=plan.decode_chunk)
     images = [grid.to_pil(image) for batch in batches for image in batch]
     folder.save_image(file, grid.draw(images, shown, columns=min(count, 4), title=title))
 

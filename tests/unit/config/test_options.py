@@ -26,7 +26,8 @@ from tdpo_cli.overoptimisation import verdict
 from tdpo_cli.rewards import scoring
 from tdpo_cli.rewards.backbones import Backbones
 from tdpo_cli.sandbox import ZOO
-from tdpo_cli.train import train
+from tdpo_cli.storage.run_dir import RunDir
+from tdpo_cli.train import saving, train
 from tdpo_cli.train.epoch import run_epoch
 from tdpo_cli.train.state import build, make_optimizers
 
@@ -407,7 +408,33 @@ def compiled():
         assert blocks and {module._compiled_call_impl is not None for module in blocks} == {wanted}
 
 
+def shown_images(tmp_path, monkeypatch):
+    """[sampling] reaches previews; without it they are made as the rollout samples."""
+    pictures = {}
+    for key, value in {"": None, "sampling.steps": 4, "sampling.guidance_scale": 2.5, "sampling.noise": 0.0}.items():
+        job, folder = start({"run.preview_images": 1} | ({key: value} if key else {})), RunDir(tmp_path / (key or "plain"))
+        (folder.path / "images").mkdir(parents=True)
+        saving.preview(job, folder, "title", "shown.png")
+        pictures[key] = (folder.path / "images/shown.png").read_bytes()
+        assert len(job.policy.timesteps) == job.preset.rollout.steps  # the rollout's schedule is untouched
+    assert len(set(pictures.values())) == 4
+    as_rollout = settings_of({"rollout.eta": 0.8}).shown
+    assert (as_rollout.steps, as_rollout.guidance_scale, as_rollout.noise) == (2, 2.0, 0.8)
+
+
+def resolution():
+    """Pixels: one number or two; latents follow, and what does not divide is refused."""
+    shapes = {value: start({"model.resolution": value}).policy.latent_shape for value in (32, (16, 48))}
+    assert shapes == {32: (4, 8, 8), (16, 48): (4, 4, 12)}
+    with pytest.raises(RequestError, match="model.resolution 33 x 33: both must be multiples of 4"):
+        start({"model.resolution": 33})
+
+
 ELSEWHERE = {
+    "sampling.steps": shown_images,
+    "sampling.guidance_scale": shown_images,
+    "sampling.noise": shown_images,
+    "model.resolution": resolution,
     "model.base": base,
     "model.revision": revision,
     "model.start_from": start_from,

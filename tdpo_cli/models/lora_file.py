@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,3 +53,15 @@ def rank_of(path: Path) -> int:
     if not down:
         raise RequestError(f"{find(path)}: no LoRA weights in it.")
     return down[0].shape[0]
+
+
+def settle(file: Path) -> None:
+    """Order the header's metadata by name: the library writes it in an order that differs from call to call."""
+    content = file.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors are aligned to 8 bytes
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])

@@ -14,8 +14,10 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from tdpo_cli.errors import RequestError
 from tdpo_cli.models.samplers import Sampler
 from tdpo_cli.models.samplers.ddim import DDIM
+from tdpo_cli.models.samplers.flow import DYNAMICS, NOISE_LEVEL, Flow, noise_levels
 from tdpo_cli.types import Conditioning
 
 
@@ -50,8 +52,17 @@ class Family:
         """One call of the network, without classifier-free guidance. x [b,*latent_shape], t [b], texts b rows -> as x"""
         raise NotImplementedError
 
-    def sampler(self, steps: int, noise: float | None) -> Sampler:
-        """The T steps with that much noise, None for the family's own; on the device. Raises RequestError."""
+    def sampler(
+        self, steps: int, noise: float | Sequence[float] | None = None, dynamics: str | None = None, window: tuple[int, int] | None = None
+    ) -> Sampler:
+        """The T steps with that much noise, None for the family's own; on the device. Raises RequestError.
+
+        noise: DDIM's eta. Flow matching (`FlowFamily`) has more: see there.
+        """
+        if dynamics not in (None, "ddim"):
+            raise RequestError(f"rollout.dynamics {dynamics} is for flow-matching models; this one is sampled with ddim.")
+        if window is not None:
+            raise RequestError("rollout.window is for flow-matching models; DDIM has noise in every step.")
         return DDIM.of(self.scheduler_config, steps, 1.0 if noise is None else noise).to(self.device)
 
     # --- what a family may change ---------------------------------------------------------------------------------------
@@ -96,3 +107,27 @@ class Family:
         tokenizer = self.pipeline.tokenizer
         ids = tokenizer([prompt], truncation=True, max_length=self.prompt_limit).input_ids[0]
         return tokenizer.decode(ids, skip_special_tokens=True)
+
+
+class FlowFamily(Family):
+    """Base of the families that predict a velocity. `guidance` and `latent_shape` as for every family."""
+
+    def sampler(
+        self, steps: int, noise: float | Sequence[float] | None = None, dynamics: str | None = None, window: tuple[int, int] | None = None
+    ) -> Sampler:
+        """noise: the level inside the window (first step, size) or, without one, in all steps but the last; or one level per step."""
+        if dynamics == "ddim":
+            raise RequestError(f"rollout.dynamics ddim is not for flow-matching models. These are: {', '.join(DYNAMICS)}.")
+        if not isinstance(noise, Sequence):
+            noise = noise_levels(steps, NOISE_LEVEL if noise is None else noise, window)
+        elif len(noise) != steps:
+            raise RequestError(f"{len(noise)} noise levels for {steps} denoising steps.")
+        return Flow.of(self.scheduler_config, noise, dynamics or DYNAMICS[0], window, self.mu(steps), self.unshifted(steps)).to(self.device)
+
+    def mu(self, steps: int) -> float | None:
+        """The shift that depends on the resolution, where the scheduler's config asks for one."""
+        return None
+
+    def unshifted(self, steps: int) -> Sequence[float] | None:
+        """The sigmas [T] before the shift; None: from 1 to the scheduler's own smallest."""
+        return None

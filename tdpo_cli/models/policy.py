@@ -38,17 +38,19 @@ class Policy:
         return self.adapter.trainable
 
     # --- schedule -------------------------------------------------------------------------------------------------------
-    def set_schedule(self, steps: int, noise: float | None = None) -> None:
-        """Set the T steps from noise to image. Raises RequestError for steps that a policy in training could not score."""
-        sampler = self.family.sampler(steps, noise)
+    def set_schedule(
+        self, steps: int, noise: float | Sequence[float] | None = None, dynamics: str | None = None, window: tuple[int, int] | None = None
+    ) -> None:
+        """Set the T steps from noise to image; arguments as for `Family.sampler`. Raises RequestError for steps that cannot be trained."""
+        sampler = self.family.sampler(steps, noise, dynamics, window)
         if self.trainable:
             sampler.check_trainable()
         self.sampler = sampler
 
-    def scheduled(self, steps: int, noise: float | None = None) -> Policy:
+    def scheduled(self, steps: int, noise: float | Sequence[float] | None = None, dynamics: str | None = None) -> Policy:
         """The same networks under another schedule, for showing images: its steps need not be trainable."""
         other = copy.copy(self)
-        other.sampler = self.family.sampler(steps, noise)
+        other.sampler = self.family.sampler(steps, noise, dynamics)
         return other
 
     @property

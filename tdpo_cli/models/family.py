@@ -7,11 +7,14 @@ its LoRA file format; its loop is not used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 
 from tdpo_cli.errors import RequestError
@@ -28,7 +31,7 @@ class Family:
     component: ClassVar[str] = "transformer"  # what trains, and the prefix of its LoRA keys: unet | transformer
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")  # suffixes of module names
     guidance: str = "cfg"  # cfg | embedded (the network reads the scale) | none
-    tokens: int | None = None  # image tokens, where the schedule depends on the resolution
+    text_encoders_leave: ClassVar[bool] = False  # they leave the device once prompts are encoded
 
     pipeline: DiffusionPipeline
     device: torch.device
@@ -67,8 +70,13 @@ class Family:
 
     # --- what a family may change ---------------------------------------------------------------------------------------
     @property
+    def tokenizer(self) -> Any:
+        """Of the text encoder that reads most of a prompt."""
+        return self.pipeline.tokenizer
+
+    @property
     def prompt_limit(self) -> int:
-        """Tokens of a prompt that the text encoder reads."""
+        """Tokens of a prompt that this text encoder reads."""
         return self.pipeline.tokenizer.model_max_length
 
     def encode_negative(self, prompt: str) -> Conditioning:
@@ -97,9 +105,28 @@ class Family:
     def network(self, network: nn.Module) -> None:
         setattr(self.pipeline, self.component, network)
 
+    @contextlib.contextmanager
+    def encoding(self) -> Iterator[None]:
+        """Text encoders are on the device inside. Outside, those that are large wait in main memory; on a CPU nothing moves."""
+        moves = self.text_encoders_leave and self.device.type != "cpu"
+        if moves:
+            self.move_text_encoders(self.device)
+        try:
+            yield
+        finally:
+            if moves:
+                self.move_text_encoders("cpu")
+
+    def move_text_encoders(self, device: torch.device | str) -> None:
+        """Put every text encoder that the pipeline has on the device."""
+        with torch.inference_mode(False):  # else the moved weights could be used in inference mode only
+            for name, part in self.pipeline.components.items():
+                if name.startswith("text_encoder") and part is not None:
+                    part.to(device)
+
     def longer_than_limit(self, prompts: Sequence[str]) -> list[str]:
         """The prompts whose ends are truncated."""
-        lengths = [len(ids) for ids in self.pipeline.tokenizer(list(prompts), verbose=False).input_ids]
+        lengths = [len(ids) for ids in self.tokenizer(list(prompts), verbose=False).input_ids]
         return [prompt for prompt, length in zip(prompts, lengths, strict=True) if length > self.prompt_limit]
 
     def normal_form(self, prompt: str) -> str:
@@ -110,7 +137,10 @@ class Family:
 
 
 class FlowFamily(Family):
-    """Base of the families that predict a velocity. `guidance` and `latent_shape` as for every family."""
+    """Base of the families that predict a velocity. Their text encoders are larger than many a denoiser."""
+
+    text_encoders_leave = True
+    patch: int  # side, in latents, of the square that is one image token
 
     def sampler(
         self, steps: int, noise: float | Sequence[float] | None = None, dynamics: str | None = None, window: tuple[int, int] | None = None
@@ -124,9 +154,18 @@ class FlowFamily(Family):
             raise RequestError(f"{len(noise)} noise levels for {steps} denoising steps.")
         return Flow.of(self.scheduler_config, noise, dynamics or DYNAMICS[0], window, self.mu(steps), self.unshifted(steps)).to(self.device)
 
+    @property
+    def tokens(self) -> int:
+        """Image tokens of one latent."""
+        return math.prod(self.latent_shape[-2:]) // self.patch**2
+
     def mu(self, steps: int) -> float | None:
-        """The shift that depends on the resolution, where the scheduler's config asks for one."""
-        return None
+        """The shift of a schedule that depends on the resolution: linear in the number of image tokens. None: the config's own shift."""
+        config = self.scheduler_config
+        if not config.get("use_dynamic_shifting"):
+            return None
+        defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+        return calculate_shift(self.tokens, *(config.get(name, default) for name, default in defaults.items()))
 
     def unshifted(self, steps: int) -> Sequence[float] | None:
         """The sigmas [T] before the shift; None: from 1 to the scheduler's own smallest."""

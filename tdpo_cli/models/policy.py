@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ class Policy:
         self.family, self.adapter = family, adapter
         self.device, self.latent_shape = family.device, family.latent_shape
         self.sampler: Sampler  # set by `set_schedule`
-        with torch.no_grad():
+        with torch.no_grad(), family.encoding():
             self._negative = family.encode_negative(negative_prompt)
 
     @property
@@ -67,7 +68,8 @@ class Policy:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """A row per prompt, and the negative prompt's last."""
-        chunks = [self.family.encode(list(prompts[i : i + ENCODE_CHUNK])) for i in range(0, len(prompts), ENCODE_CHUNK)]
+        with self.family.encoding() if prompts else contextlib.nullcontext():
+            chunks = [self.family.encode(list(prompts[i : i + ENCODE_CHUNK])) for i in range(0, len(prompts), ENCODE_CHUNK)]
         return Conditioning.cat([*chunks, self._negative])
 
     def longer_than_limit(self, prompts: Sequence[str]) -> list[str]:

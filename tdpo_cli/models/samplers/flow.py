@@ -32,7 +32,7 @@ CPS_FLOOR = 0.05
 
 @dataclass(frozen=True)
 class Flow:
-    """A Sampler. Tables are computed in fp64 from the scheduler's fp32 sigmas. All [T] fp32 on one device."""
+    """A Sampler. Tables are computed in fp32, in the order of the published code. All [T] fp32 on one device."""
 
     timesteps: Tensor  # 1000 sigma
     sigma: Tensor  # of the state before the step
@@ -59,7 +59,7 @@ class Flow:
         shift, where the family gives its own.
         """
         timesteps, sigmas = _schedule(config, len(noise_levels), mu, unshifted)
-        sigma, sigma_next = sigmas[:-1].double(), sigmas[1:].double()
+        sigma, sigma_next = sigmas[:-1], sigmas[1:]
         level = torch.tensor(noise_levels, dtype=torch.float64)
         std, coefficient, diffusion = _TABLES[dynamics](sigma, sigma_next, level)
         stochastic = std > 0
@@ -68,8 +68,7 @@ class Flow:
             if window is not None:
                 inside[window[0] : sum(window)] = True
             stochastic = stochastic & ((sigma_next >= CPS_FLOOR) | inside)
-        tables = [table.float() for table in (sigma, sigma_next, std, coefficient, diffusion)]
-        return cls(timesteps, *tables, stochastic, dynamics)
+        return cls(timesteps, sigma, sigma_next, std, coefficient, diffusion, stochastic, dynamics)
 
     def to(self, device: torch.device | str) -> Flow:
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -107,15 +106,15 @@ def noise_levels(steps: int, level: float, window: tuple[int, int] | None) -> li
     return [level if first <= k < first + size else 0.0 for k in range(steps)]
 
 
-# --- the dynamics: (sigma, sigma', a), all [T] float64 -> std, c, diffusion ---------------------------------------------------
+# --- the dynamics: (sigma, sigma', a), all [T], a in float64 -> std, c, diffusion ---------------------------------------------
 def _flow_sde(sigma: Tensor, sigma_next: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # at sigma = 1 the division would be by 0: there, and only in the denominator, the second sigma takes its place
     denominator = 1 - torch.where(sigma == 1, sigma_next[0], sigma)
-    return _sde(sigma, sigma_next, level * (sigma / denominator).sqrt())
+    return _sde(sigma, sigma_next, level.float() * (sigma / denominator).sqrt())
 
 
 def _dance_sde(sigma: Tensor, sigma_next: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _sde(sigma, sigma_next, level)
+    return _sde(sigma, sigma_next, level.float())
 
 
 def _sde(sigma: Tensor, sigma_next: Tensor, diffusion: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,7 +124,7 @@ def _sde(sigma: Tensor, sigma_next: Tensor, diffusion: Tensor) -> tuple[Tensor, 
 
 def _cps(sigma: Tensor, sigma_next: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # the noise in the state is exactly sigma' again
-    std = sigma_next * torch.sin(level * torch.pi / 2)
+    std = sigma_next * torch.sin(level * torch.pi / 2).float()
     return std, (sigma_next**2 - std**2).clamp(min=0).sqrt(), std
 
 

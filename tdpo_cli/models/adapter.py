@@ -63,6 +63,7 @@ class LoRA:
         # without the metadata a loader takes alpha = rank, silently
         parts = {f"{family.component}_lora_layers": state, f"{family.component}_lora_adapter_metadata": config}
         type(family.pipeline).save_lora_weights(folder, **parts, weight_name=lora_file.FILE)
+        lora_file.sort_metadata(folder / lora_file.FILE)
 
 
 class WholeNetwork:

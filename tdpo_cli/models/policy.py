@@ -49,9 +49,9 @@ class Policy:
         self.sampler = sampler
 
     def scheduled(self, steps: int, noise: float | Sequence[float] | None = None, dynamics: str | None = None) -> Policy:
-        """The same networks under another schedule, for showing images: its steps need not be trainable."""
+        """The same networks under another schedule, for shown images: its steps need not be trainable."""
         other = copy.copy(self)
-        other.sampler = self.family.sampler(steps, noise, dynamics)
+        other.sampler = self.family.sampler(steps, self.family.shown_noise if noise is None else noise, dynamics)
         return other
 
     @property

@@ -14,7 +14,7 @@ PACKAGE = Path(tdpo_cli.__file__).parent
 # Rooms from the door down. An import may point to the same or a lower level, wherever in a file it stands.
 LEVELS = {
     "command line": ["cli", "__main__"],
-    "commands": ["train", "cross_eval", "score", "doctor"],
+    "commands": ["train", "cross_eval", "score", "export", "doctor"],
     "what commands share": ["report", "sampling"],
     "what is learnt from": ["overoptimisation", "algorithms", "models", "rewards"],
     "ground": ["machine", "storage", "config"],

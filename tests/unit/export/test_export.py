@@ -234,7 +234,7 @@ def test_a_disk_that_fills_up_leaves_nothing_and_is_no_wrong_request(run, tmp_pa
     def full(*arguments, **more):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tdpo_cli.models.export.save_file", full)
+    monkeypatch.setattr("tdpo_cli.export.export.save_file", full)
     outcome = tdpo("export", run, "--format", "kohya", "--out", tmp_path / "out.safetensors")
     assert outcome.status == 1 and "writing failed: No space left on device" in outcome.err
     assert list(tmp_path.iterdir()) == []

@@ -37,6 +37,7 @@ class Model:
     lora_rank: int = knob(4, "rank of the LoRA on to_q, to_k, to_v, to_out.0 of every attention; 0 trains the whole UNet", at_least=0)
     dtype: Literal["fp32", "fp16", "bf16"] = knob("fp16", "of UNet, VAE and text encoder on a GPU; a CPU computes in fp32")
     resolution: tuple[int, int] | None = knob(None, "pixels: a number, or [height, width]; default the model's own", at_least=8)
+    drop_t5: bool = knob(False, "Stable Diffusion 3: leave out its third text encoder, T5, which needs the most memory")
     tf32: bool = knob(True, "allow TF32 matrix products on a GPU")
 
 

@@ -7,15 +7,20 @@ its LoRA file format; its loop is not used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 
+from tdpo_cli.errors import RequestError
 from tdpo_cli.models.samplers import Sampler
 from tdpo_cli.models.samplers.ddim import DDIM
+from tdpo_cli.models.samplers.flow import DYNAMICS, NOISE_LEVEL, Flow, noise_levels
 from tdpo_cli.types import Conditioning
 
 
@@ -27,7 +32,7 @@ class Family:
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")  # suffixes of module names
     shown_noise: ClassVar[float | None] = None  # noise of images that are shown, where the preset gives none; None: the sampler's own
     guidance: str = "cfg"  # cfg | embedded (the network reads the scale) | none
-    tokens: int | None = None  # image tokens, where the schedule depends on the resolution
+    text_encoders_leave: ClassVar[bool] = False  # they leave the device once prompts are encoded
 
     pipeline: DiffusionPipeline
     device: torch.device
@@ -51,14 +56,28 @@ class Family:
         """One call of the network, without classifier-free guidance. x [b,*latent_shape], t [b], texts b rows -> as x"""
         raise NotImplementedError
 
-    def sampler(self, steps: int, noise: float | None) -> Sampler:
-        """The T steps with that much noise, None for the family's own; on the device. Raises RequestError."""
+    def sampler(
+        self, steps: int, noise: float | Sequence[float] | None = None, dynamics: str | None = None, window: tuple[int, int] | None = None
+    ) -> Sampler:
+        """The T steps with that much noise, None for the family's own; on the device. Raises RequestError.
+
+        noise: DDIM's eta. Flow matching (`FlowFamily`) has more: see there.
+        """
+        if dynamics not in (None, "ddim"):
+            raise RequestError(f"rollout.dynamics {dynamics} is for flow-matching models; this one is sampled with ddim.")
+        if window is not None:
+            raise RequestError("rollout.window is for flow-matching models; DDIM has noise in every step.")
         return DDIM.of(self.scheduler_config, steps, 1.0 if noise is None else noise).to(self.device)
 
     # --- what a family may change ---------------------------------------------------------------------------------------
     @property
+    def tokenizer(self) -> Any:
+        """Of the text encoder that reads most of a prompt."""
+        return self.pipeline.tokenizer
+
+    @property
     def prompt_limit(self) -> int:
-        """Tokens of a prompt that the text encoder reads."""
+        """Tokens of a prompt that this text encoder reads."""
         return self.pipeline.tokenizer.model_max_length
 
     def encode_negative(self, prompt: str) -> Conditioning:
@@ -87,9 +106,28 @@ class Family:
     def network(self, network: nn.Module) -> None:
         setattr(self.pipeline, self.component, network)
 
+    @contextlib.contextmanager
+    def encoding(self) -> Iterator[None]:
+        """Text encoders are on the device inside. Outside, those that are large wait in main memory; on a CPU nothing moves."""
+        moves = self.text_encoders_leave and self.device.type != "cpu"
+        if moves:
+            self.move_text_encoders(self.device)
+        try:
+            yield
+        finally:
+            if moves:
+                self.move_text_encoders("cpu")
+
+    def move_text_encoders(self, device: torch.device | str) -> None:
+        """Put every text encoder that the pipeline has on the device."""
+        with torch.inference_mode(False):  # else the moved weights could be used in inference mode only
+            for name, part in self.pipeline.components.items():
+                if name.startswith("text_encoder") and part is not None:
+                    part.to(device)
+
     def longer_than_limit(self, prompts: Sequence[str]) -> list[str]:
         """The prompts whose ends are truncated."""
-        lengths = [len(ids) for ids in self.pipeline.tokenizer(list(prompts), verbose=False).input_ids]
+        lengths = [len(ids) for ids in self.tokenizer(list(prompts), verbose=False).input_ids]
         return [prompt for prompt, length in zip(prompts, lengths, strict=True) if length > self.prompt_limit]
 
     def normal_form(self, prompt: str) -> str:
@@ -97,3 +135,39 @@ class Family:
         tokenizer = self.pipeline.tokenizer
         ids = tokenizer([prompt], truncation=True, max_length=self.prompt_limit).input_ids[0]
         return tokenizer.decode(ids, skip_special_tokens=True)
+
+
+class FlowFamily(Family):
+    """Base of the families that predict a velocity. Their text encoders are larger than many a denoiser."""
+
+    text_encoders_leave = True
+    patch: int  # side, in latents, of the square that is one image token
+
+    def sampler(
+        self, steps: int, noise: float | Sequence[float] | None = None, dynamics: str | None = None, window: tuple[int, int] | None = None
+    ) -> Sampler:
+        """noise: the level inside the window (first step, size) or, without one, in all steps but the last; or one level per step."""
+        if dynamics == "ddim":
+            raise RequestError(f"rollout.dynamics ddim is not for flow-matching models. These are: {', '.join(DYNAMICS)}.")
+        if not isinstance(noise, Sequence):
+            noise = noise_levels(steps, NOISE_LEVEL if noise is None else noise, window)
+        elif len(noise) != steps:
+            raise RequestError(f"{len(noise)} noise levels for {steps} denoising steps.")
+        return Flow.of(self.scheduler_config, noise, dynamics or DYNAMICS[0], window, self.mu(steps), self.unshifted(steps)).to(self.device)
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens of one latent."""
+        return math.prod(self.latent_shape[-2:]) // self.patch**2
+
+    def mu(self, steps: int) -> float | None:
+        """The shift of a schedule that depends on the resolution: linear in the number of image tokens. None: the config's own shift."""
+        config = self.scheduler_config
+        if not config.get("use_dynamic_shifting"):
+            return None
+        defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+        return calculate_shift(self.tokens, *(config.get(name, default) for name, default in defaults.items()))
+
+    def unshifted(self, steps: int) -> Sequence[float] | None:
+        """The sigmas [T] before the shift; None: from 1 to the scheduler's own smallest."""
+        return None

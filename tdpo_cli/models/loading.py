@@ -6,6 +6,7 @@ import importlib
 import inspect
 import os
 import warnings
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,8 +120,10 @@ def trained_network(cls: type, source: str, part: str, model: Model, dtype: torc
     return component(cls, source, part, model.revision, torch_dtype=dtype)
 
 
-def read_pipeline(source: str, model: Model, dtype: torch.dtype, trained: str, **dtypes: torch.dtype) -> DiffusionPipeline:
-    """Every part that model_index.json lists, given to the pipeline's class; parts that are null there are None.
+def read_pipeline(
+    source: str, model: Model, dtype: torch.dtype, trained: str, absent: Collection[str] = (), **dtypes: torch.dtype
+) -> DiffusionPipeline:
+    """Every part that model_index.json lists, given to the pipeline's class; parts that are null there, or `absent`, are None.
 
     `trained` is the denoiser's name. `dtypes` names parts that are not of `dtype`, for example `vae=torch.float32`. Raises RequestError.
     """
@@ -134,7 +137,7 @@ def read_pipeline(source: str, model: Model, dtype: torch.dtype, trained: str, *
             continue
         if not isinstance(entry, list):  # a setting of the pipeline
             parts[name] = entry
-        elif entry[-1] is None:
+        elif entry[-1] is None or name in absent:
             parts[name] = None
         else:
             kind, precision = _class_of(source, name, entry), dtypes.get(name, dtype)

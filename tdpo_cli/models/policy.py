@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ class Policy:
         self.family, self.adapter = family, adapter
         self.device, self.latent_shape = family.device, family.latent_shape
         self.sampler: Sampler  # set by `set_schedule`
-        with torch.no_grad():
+        with torch.no_grad(), family.encoding():
             self._negative = family.encode_negative(negative_prompt)
 
     @property
@@ -38,17 +39,19 @@ class Policy:
         return self.adapter.trainable
 
     # --- schedule -------------------------------------------------------------------------------------------------------
-    def set_schedule(self, steps: int, noise: float | None = None) -> None:
-        """Set the T steps from noise to image. Raises RequestError for steps that a policy in training could not score."""
-        sampler = self.family.sampler(steps, noise)
+    def set_schedule(
+        self, steps: int, noise: float | Sequence[float] | None = None, dynamics: str | None = None, window: tuple[int, int] | None = None
+    ) -> None:
+        """Set the T steps from noise to image; arguments as for `Family.sampler`. Raises RequestError for steps that cannot be trained."""
+        sampler = self.family.sampler(steps, noise, dynamics, window)
         if self.trainable:
             sampler.check_trainable()
         self.sampler = sampler
 
-    def scheduled(self, steps: int, noise: float | None = None) -> Policy:
+    def scheduled(self, steps: int, noise: float | Sequence[float] | None = None, dynamics: str | None = None) -> Policy:
         """The same networks under another schedule, for shown images: its steps need not be trainable."""
         other = copy.copy(self)
-        other.sampler = self.family.sampler(steps, self.family.shown_noise if noise is None else noise)
+        other.sampler = self.family.sampler(steps, self.family.shown_noise if noise is None else noise, dynamics)
         return other
 
     @property
@@ -65,7 +68,8 @@ class Policy:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """A row per prompt, and the negative prompt's last."""
-        chunks = [self.family.encode(list(prompts[i : i + ENCODE_CHUNK])) for i in range(0, len(prompts), ENCODE_CHUNK)]
+        with self.family.encoding() if prompts else contextlib.nullcontext():
+            chunks = [self.family.encode(list(prompts[i : i + ENCODE_CHUNK])) for i in range(0, len(prompts), ENCODE_CHUNK)]
         return Conditioning.cat([*chunks, self._negative])
 
     def longer_than_limit(self, prompts: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Which traces are replayed: those named with --traces, else the one kept in the project and a made-up one with dropout."""
+"""Which traces are replayed: those named with --traces, else the two kept in the project and a made-up one with dropout."""
 
 import sys
 from pathlib import Path
@@ -11,9 +11,10 @@ MADE_UP = "made-up-with-dropout"
 
 def pytest_generate_tests(metafunc):
     if "trace_source" in metafunc.fixturenames:
+        from flow_recording import KEPT_FLOW
         from recording import KEPT
 
-        sources = [Path(folder) for folder in metafunc.config.getoption("--traces")] or [KEPT, MADE_UP]
+        sources = [Path(folder) for folder in metafunc.config.getoption("--traces")] or [KEPT, MADE_UP, KEPT_FLOW]
         metafunc.parametrize("trace_source", sources, ids=lambda source: Path(source).name, scope="session")
 
 
@@ -32,10 +33,12 @@ def trace_folder(trace_source, request):
 
 @pytest.fixture(scope="session")
 def replayed(trace_folder):
-    """One replay of the trace, shared by the tests that look at it."""
+    """One replay of the trace, shared by the tests that look at it: of TDPO or of Flow-GRPO, as its trace.json says."""
+    from flow_recording import FlowTrace, is_flow
+    from flow_replay import FlowReplay
     from recording import Trace
     from replay import Replay
 
     if not (trace_folder / "trace.json").is_file():
         pytest.fail(f"{trace_folder}: no trace.json there")
-    return Replay(Trace(trace_folder))
+    return FlowReplay(FlowTrace(trace_folder)) if is_flow(trace_folder) else Replay(Trace(trace_folder))

@@ -30,9 +30,13 @@ def test_every_recorded_quantity_is_reproduced(replayed, capsys):
 
 def test_nothing_recorded_is_left_out(replayed, request):
     """A trace from elsewhere may hold quantities of another recorder: those are named, not passed over in silence."""
+    skipped = getattr(replayed, "skipped", {})
     if replayed.unknown and request.config.getoption("--traces"):
         pytest.skip(f"not compared, unknown to this harness: {', '.join(sorted(replayed.unknown))}")
     assert not replayed.unknown
+    if skipped:
+        reasons = {reason: sorted(name for name, why in skipped.items() if why == reason) for reason in skipped.values()}
+        pytest.skip("; ".join(f"{reason}: {', '.join(names)}" for reason, names in reasons.items()))
 
 
 def test_a_change_of_one_percent_in_one_element_is_noticed(replayed):
@@ -85,6 +89,6 @@ def _others(flat, comparison, generator) -> list[int]:
 
 
 def _quantity(name: str) -> str:
-    """The name without epoch, inner epoch and prompt."""
-    parts = [part for part in name.split("/") if not (part[0] in "ei" and part[1:].isdigit())]
+    """The name without epoch, inner epoch, optimizer step and prompt."""
+    parts = [part for part in name.split("/") if not (part[0] in "eiu" and part[1:].isdigit())]
     return "/".join(parts[:1] if parts[0] == "moments_after" else parts)

@@ -114,11 +114,11 @@ def _facts(bench: Bench, plan: memory.Plan, rounds: int) -> dict[str, Any]:
 
     name = torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
     sizes = dataclasses.asdict(bench.size) | {
-        "latent_shape": list(bench.policy.latent_shape), "unet_parameters": sum(p.numel() for p in bench.policy.unet.parameters()),
+        "latent_shape": list(bench.policy.latent_shape), "unet_parameters": sum(p.numel() for p in bench.policy.family.network.parameters()),
         "guidance_scale": bench.preset.rollout.guidance_scale, "updates_per_epoch": bench.preset.updates_per_epoch, "plan": plan.as_dict(),
     }  # fmt: skip
     return {
-        "device": name, "dtype": str(bench.policy.unet.dtype).removeprefix("torch."), "threads": torch.get_num_threads(), "rounds": rounds,
+        "device": name, "dtype": str(bench.policy.family.network.dtype).removeprefix("torch."), "threads": torch.get_num_threads(), "rounds": rounds,
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__, "transformers": transformers.__version__}, "sizes": sizes,
     }  # fmt: skip
 

@@ -42,8 +42,8 @@ class Gate:
 
 def reference_gradient(bench: Bench, trajectory: Trajectory, credit: Credit, plan: ShufflePlan) -> tuple[Tensor, torch.dtype]:
     """The first optimizer step's gradient of the policy, pair by pair, one precision up (fp64 for fp32, fp32 for half), ratios exactly 1."""
-    dtype = torch.float64 if bench.policy.unet.dtype == torch.float32 else torch.float32
-    unet, schedule = copy.deepcopy(bench.policy.unet).to(dtype), Schedule(bench)
+    dtype = torch.float64 if bench.policy.family.network.dtype == torch.float32 else torch.float32
+    unet, schedule = copy.deepcopy(bench.policy.family.network).to(dtype), Schedule(bench)
     weights = list(adapter.parameters(unet).values())
     for weight in weights:
         weight.requires_grad_(True).grad = None

@@ -62,7 +62,7 @@ class Bare:
         self.bench, self.plan, self.guided = bench, plan, 2 if bench.preset.rollout.guidance_scale > 1 else 1
         draw = torch.Generator().manual_seed(0)
         make = lambda *shape, dtype=torch.float32: torch.randn(*shape, generator=draw).to(bench.device, dtype)
-        unet, vae = bench.policy.unet, bench.policy.vae
+        unet, vae = bench.policy.family.network, bench.policy.family.pipeline.vae
         rows = max(plan.sample_batch, min(plan.micro_batch, bench.size.batch)) * self.guided
         self.x = make(rows, *bench.policy.latent_shape, dtype=unet.dtype)
         self.t = torch.full((rows,), 500, device=bench.device)
@@ -74,7 +74,7 @@ class Bare:
 
     def unet(self, samples: int) -> Tensor:
         rows = samples * self.guided
-        return self.bench.policy.unet(self.x[:rows], self.t[:rows], encoder_hidden_states=self.text[:rows], return_dict=False)[0]
+        return self.bench.policy.family.network(self.x[:rows], self.t[:rows], encoder_hidden_states=self.text[:rows], return_dict=False)[0]
 
     @torch.inference_mode()
     def denoise(self) -> None:
@@ -87,7 +87,7 @@ class Bare:
         """The final images, and every state before a step."""
         samples, chunk = self.bench.size.samples, self.plan.decode_chunk
         for rows in [*_pieces(samples, chunk), *_pieces(samples * self.bench.size.steps, chunk)]:
-            self.bench.policy.vae.decode(self.z[:rows], return_dict=False)
+            self.bench.policy.family.pipeline.vae.decode(self.z[:rows], return_dict=False)
 
     @torch.inference_mode()
     def encode(self) -> None:

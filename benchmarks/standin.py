@@ -47,7 +47,7 @@ class Trained:
 
 
 def attention(bench: Bench, materialised: bool) -> None:
-    bench.policy.unet.set_attn_processor(AttnProcessor() if materialised else AttnProcessor2_0())
+    bench.policy.family.network.set_attn_processor(AttnProcessor() if materialised else AttnProcessor2_0())
 
 
 # --- one denoising step -----------------------------------------------------------------------------------------------
@@ -55,10 +55,10 @@ class Schedule:
     """The DDIM coefficients, kept on the CPU as diffusers' scheduler keeps them."""
 
     def __init__(self, bench: Bench):
-        schedule = bench.policy.schedule.to("cpu")
-        self.timesteps, self.abar, self.abar_prev, self.sigma = schedule.timesteps, schedule.abar, schedule.abar_prev, schedule.sigma
+        schedule = bench.policy.sampler.to("cpu")
+        self.timesteps, self.abar, self.abar_prev, self.sigma = schedule.timesteps, schedule.abar, schedule.abar_prev, schedule.std
         self.device, self.clip = bench.device, schedule.clip_sample_range
-        self.on_device = {name: getattr(schedule, name).to(bench.device) for name in ("abar", "abar_prev", "sigma")}
+        self.on_device = {name: getattr(self, name).to(bench.device) for name in ("abar", "abar_prev", "sigma")}
 
     def gather(self, name: str, k: Tensor, on_cpu: bool) -> Tensor:
         rows = getattr(self, name).gather(0, k.cpu()).to(self.device) if on_cpu else self.on_device[name][k]
@@ -80,8 +80,8 @@ def log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def predict(bench: Bench, x_t: Tensor, k: Tensor, embeds: Tensor, guidance: float, unet: torch.nn.Module | None = None) -> Tensor:
-    unet, t = unet or bench.policy.unet, bench.policy.timesteps[k]
-    negative = bench.policy._negative.expand(len(x_t), -1, -1)
+    unet, t = unet or bench.policy.family.network, bench.policy.timesteps[k]
+    negative = bench.policy._negative.parts["embeds"].expand(len(x_t), -1, -1)
     both = torch.cat([x_t, x_t]).to(unet.dtype), torch.cat([t, t]), torch.cat([negative, embeds]).to(unet.dtype)
     unconditional, conditional = unet(both[0], both[1], encoder_hidden_states=both[2], return_dict=False)[0].chunk(2)
     return unconditional + guidance * (conditional - unconditional)
@@ -156,7 +156,7 @@ def train(
         torch.optim.AdamW(policy_weights, lr=settings.learning_rate, **adam),
         torch.optim.AdamW(critic_weights, lr=settings.critic_learning_rate, **adam),
     )
-    half = bench.policy.unet.dtype == torch.float16
+    half = bench.policy.family.network.dtype == torch.float16
     scaler = torch.amp.GradScaler(bench.device.type, enabled=half and bench.device.type != "cpu")
     for weight in (*policy_weights, *critic_weights):
         weight.grad = None

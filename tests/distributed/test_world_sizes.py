@@ -11,7 +11,7 @@ import spy
 from helpers import tdpo
 from tolerances import NOT_COMPARED, assert_same_run
 
-from tdpo_cli import preset as presets
+from tdpo_cli.config import preset as presets
 
 PRESET = """
 [model]

@@ -20,6 +20,7 @@ def pytest_generate_tests(metafunc):
 def _sources(config):
     """Folders, or names of tiny pipelines still to be written."""
     from conventions import CALLS
+
     from tdpo_cli.models import FAMILIES
 
     given = [Path(folder) for folder in config.getoption("--pipelines")]

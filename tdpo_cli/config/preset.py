@@ -48,9 +48,9 @@ class Rollout:
     samples_per_epoch: int = knob(256, "images sampled and scored per epoch, over all processes", at_least=1, at_most=1_000_000)
     steps: int = knob(50, "denoising steps per image", at_least=1, at_most=1000)
     guidance_scale: float = knob(5.0, "classifier-free guidance; 1 or less is off", at_least=0)
-    eta: float | None = knob(None, "DDIM noise; a policy gradient needs some; default 1 with DDIM", above=0, at_most=1)
+    eta: float | None = knob(None, "DDIM noise; a policy gradient needs some", above=0, at_most=1)
     dynamics: Literal["ddim", "cps", "flow-sde", "dance-sde"] | None = knob(
-        None, "how a step adds noise: ddim, or one of the others for flow-matching models; default the family's own (ddim, flow-sde)"
+        None, "how a step adds noise: ddim, or one of the others for flow-matching models; default the family's own (ddim with eta 1, or flow-sde)"
     )
     noise_level: float | None = knob(None, "noise of a flow-matching step; default 0.7 with flow-matching models", above=0, at_most=2)
     window: tuple[int, int, int] | None = knob(

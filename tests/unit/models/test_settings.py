@@ -140,7 +140,7 @@ def test_cps_without_a_window_trains_the_steps_before_the_noise_becomes_tiny():
 # --- on the command line ----------------------------------------------------------------------------------------------------------
 def test_a_dry_run_reads_a_local_model_and_says_what_it_is():
     outcome = tdpo("train", "--dry-run", "--set", f"model.base={SD3}", "--set", "rollout.steps=10")
-    assert outcome.code == 0
+    assert outcome.status == 0
     assert "Stable Diffusion 3 and 3.5" in outcome.err and "flow-sde, noise level 0.7, in 9 of 10 steps" in outcome.err
     outcome = tdpo("train", "--dry-run", "--json", "--set", f"model.base={SD3}", "--set", "rollout.steps=10", "--set", "rollout.window=[2,0,5]")
     facts = json.loads(outcome.out)
@@ -150,13 +150,13 @@ def test_a_dry_run_reads_a_local_model_and_says_what_it_is():
 
 def test_a_dry_run_of_a_hub_id_leaves_the_family_open():
     outcome = tdpo("train", "--dry-run", "--preset", "pickscore", "--set", "model.base=someone/a-model")
-    assert outcome.code == 0 and "unknown until downloaded" in outcome.err
+    assert outcome.status == 0 and "unknown until downloaded" in outcome.err
 
 
 def test_a_published_preset_on_a_flow_model_is_refused_with_the_way_out():
     outcome = tdpo("train", "--dry-run", "--preset", "pickscore", "--set", f"model.base={SD3}")
-    assert outcome.code == 2 and "rollout.eta is for DDIM" in outcome.err and "--set rollout.eta=none" in outcome.err
-    assert tdpo("train", "--dry-run", "--preset", "pickscore", "--set", f"model.base={SD3}", "--set", "rollout.eta=none").code == 0
+    assert outcome.status == 2 and "rollout.eta is for DDIM" in outcome.err and "--set rollout.eta=none" in outcome.err
+    assert tdpo("train", "--dry-run", "--preset", "pickscore", "--set", f"model.base={SD3}", "--set", "rollout.eta=none").status == 0
 
 
 def test_values_left_to_the_family_do_not_hinder_a_resume():

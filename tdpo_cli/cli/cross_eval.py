@@ -49,6 +49,8 @@ def cross_eval(
         per_prompt=per_prompt, seed=seed, preset=preset, overrides=options.overrides(set_, checkpoint, zoo), epochs=epoch or (),
         batch_size=batch_size, device=device or workers.device,
     )  # fmt: skip
+    if launch.is_main():
+        request.check()
     workers.start(workers.plan.world_size, request.out)  # how much there is to do is not known yet
     options.prepare_libraries()
     from tdpo_cli.cross_eval import cross_eval as evaluation

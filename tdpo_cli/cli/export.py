@@ -21,10 +21,13 @@ def export(
     quiet: options.QuietFlag = False,
 ) -> None:
     """Write a checkpoint's LoRA in another program's format."""
-    options.prepare_libraries()
-    from tdpo_cli.export import export as exporting
     from tdpo_cli.export.request import ExportRequest
 
-    report = exporting.run(ExportRequest(checkpoint, format_, out, epoch), Console(quiet or json_))
+    request = ExportRequest(checkpoint, format_, out, epoch)
+    request.check()
+    options.prepare_libraries()
+    from tdpo_cli.export import export as exporting
+
+    report = exporting.run(request, Console(quiet or json_))
     if json_:
         print(json.dumps(report))

@@ -59,6 +59,8 @@ def sample(
         checkpoint=checkpoint, prompts=prompt_sources.from_arguments(prompts), preset=preset, overrides=overrides, epoch=epoch, out=out,
         per_prompt=per_prompt, seed=seed, batch_size=batch_size, lora_scale=lora_scale, device=device or workers.device,
     )  # fmt: skip
+    if launch.is_main():
+        request.check()
     workers.start(request.images, request.folder(request.source()))
     options.prepare_libraries()
     from tdpo_cli.sampling import sample as sampling

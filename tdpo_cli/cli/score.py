@@ -33,14 +33,16 @@ def score(
     quiet: options.QuietFlag = False,
 ) -> None:
     """Score the images of a folder with reward models."""
-    options.prepare_libraries()
-    from tdpo_cli.score import score as scoring
     from tdpo_cli.score.request import ScoreRequest
 
     request = ScoreRequest(
         folder=folder, rewards=rewards, prompt=prompt, prompts=prompts, variant=variant, checkpoints=options.checkpoints(checkpoint), zoo=zoo,
         out=out, batch_size=batch_size, processes=processes, gpus=gpus, device=device, dtype=dtype,
     )  # fmt: skip
+    request.check()
+    options.prepare_libraries()
+    from tdpo_cli.score import score as scoring
+
     report = scoring.run(request, Console(quiet or json_))
     if json_:
         print(json.dumps(report))

@@ -11,9 +11,11 @@ import typer
 from tdpo_cli.cli import options
 from tdpo_cli.cli.workers import Workers
 from tdpo_cli.config import preset as presets
+from tdpo_cli.config import prompts
 from tdpo_cli.console import Console, size
 from tdpo_cli.errors import RequestError
 from tdpo_cli.machine import launch
+from tdpo_cli.storage.run_dir import RunDir, next_free
 
 
 def train(
@@ -56,15 +58,16 @@ def train(
         resolved, out = _resumed(out, preset, overrides), Path(out or ".")
     else:
         resolved = presets.load(preset or "quickstart", overrides)
+        _check(resolved)
     if dry_run:
         return _dry_run(resolved, json_)
     workers = Workers.of(gpus, processes, machines, machine_rank, main_address)
     if machines > 1 and out is None:
         raise RequestError("--machines needs --out RUN, the same on every machine.")
     if out is None:
-        from tdpo_cli.storage.run_dir import next_free
-
         out = next_free(Path("runs"), Path(preset or "quickstart").stem)
+    if launch.is_main() and not resume:
+        RunDir(out).must_be_free()
     workers.start(resolved.rollout.samples_per_epoch, out, any_launcher=True)
     console = Console(quiet or json_, silent=not launch.is_main())
     with console.working("loading libraries"):
@@ -76,14 +79,24 @@ def train(
         print(json.dumps(report))
 
 
+def _check(preset: presets.Preset) -> None:
+    """Whether all that a new run names is known, and its prompt files are there. Without torch. Raises RequestError."""
+    from tdpo_cli import rewards
+    from tdpo_cli.train import trackers
+
+    for name in (*preset.rewards, *preset.reward.checkpoints):
+        rewards.check_name(name)
+    for source in filter(None, (preset.rollout.prompts, preset.rollout.eval_prompts)):
+        prompts.check(source)
+    trackers.check(preset.run.trackers)
+
+
 # what may change when a run goes on
 RESUMABLE = ("run.epochs", "run.save_every", "run.keep_last", "run.stop_on_overoptimisation", "run.trackers", "run.memory_limit")
 
 
 def _resumed(out: Path | None, preset: str | None, overrides: list[tuple[str, Any]]) -> presets.Preset:
     """The recorded preset with what was given explicitly; only RESUMABLE keys may differ. Raises RequestError."""
-    from tdpo_cli.storage.run_dir import RunDir
-
     if out is None:
         raise RequestError("--resume needs --out RUN: the folder of the run to continue.")
     recorded = RunDir(out).read_preset()

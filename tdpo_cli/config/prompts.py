@@ -19,7 +19,9 @@ ANIMALS = (
 # none of the above: what a policy trained on them should be judged by too
 HELD_OUT_ANIMALS = ("elephant giraffe panda penguin owl crab octopus leopard otter hamster peacock swan seal hippopotamus flamingo crocodile").split()
 HPSV2_STYLES = ("photo", "anime", "concept-art", "paintings")
-SOURCES = ("simple-animals", "simple-animals:held-out", *(f"hpsv2:{style}" for style in HPSV2_STYLES), "sandbox", "sandbox:all", "sandbox:held-out")
+# source -> the function of sandbox/world.py that makes the list; by name, so that a list of sources needs no torch
+SANDBOX_LISTS = {"sandbox": "quickstart_prompts", "sandbox:all": "train_prompts", "sandbox:held-out": "held_out_prompts"}
+SOURCES = ("simple-animals", "simple-animals:held-out", *(f"hpsv2:{style}" for style in HPSV2_STYLES), *SANDBOX_LISTS)
 
 
 def load(source: str) -> list[str]:
@@ -35,7 +37,19 @@ def load(source: str) -> list[str]:
     path = Path(source)
     if path.suffix in (".txt", ".jsonl", ".csv"):
         return read_file(path)
-    raise RequestError(f"unknown prompt source {source!r}.{suggest(source, SOURCES)} Or give a .txt, .jsonl or .csv file.")
+    raise _unknown(source)
+
+
+def check(source: str) -> None:
+    """Whether `load` would know the source; a file is read, nothing is downloaded. Raises RequestError."""
+    if Path(source).suffix in (".txt", ".jsonl", ".csv") and not source.startswith(("sandbox:", "hpsv2:")):
+        read_file(Path(source))
+    elif source.startswith("hpsv2:"):
+        _check_style(source.removeprefix("hpsv2:"))
+    elif source.startswith("sandbox:"):
+        _check_sandbox(source)
+    elif source not in SOURCES:
+        raise _unknown(source)
 
 
 def from_arguments(arguments: list[str]) -> list[str]:
@@ -86,18 +100,29 @@ def _lines(text: str) -> list[str]:
 
 
 def _sandbox(source: str) -> list[str]:
+    _check_sandbox(source)
     from tdpo_cli.sandbox import world
 
-    lists = {"sandbox": world.quickstart_prompts, "sandbox:all": world.train_prompts, "sandbox:held-out": world.held_out_prompts}
-    if source not in lists:
-        raise RequestError(f"unknown prompt source {source!r}.{suggest(source, lists)}")
-    return lists[source]()
+    return getattr(world, SANDBOX_LISTS[source])()
+
+
+def _check_sandbox(source: str) -> None:
+    if source not in SANDBOX_LISTS:
+        raise RequestError(f"unknown prompt source {source!r}.{suggest(source, SANDBOX_LISTS)}")
+
+
+def _check_style(style: str) -> None:
+    if style not in HPSV2_STYLES:
+        raise RequestError(f"unknown prompt source hpsv2:{style}.{suggest(style, HPSV2_STYLES, prefix='hpsv2:')}")
+
+
+def _unknown(source: str) -> RequestError:
+    return RequestError(f"unknown prompt source {source!r}.{suggest(source, SOURCES)} Or give a .txt, .jsonl or .csv file.")
 
 
 def _hpsv2(style: str) -> list[str]:
     """A list of HPDv2's benchmark, downloaded once from the hub data set zhwang/HPDv2, then cached."""
-    if style not in HPSV2_STYLES:
-        raise RequestError(f"unknown prompt source hpsv2:{style}.{suggest(style, HPSV2_STYLES, prefix='hpsv2:')}")
+    _check_style(style)
     from huggingface_hub import hf_hub_download
 
     file = f"benchmark/{style}.json"

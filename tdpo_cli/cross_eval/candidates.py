@@ -10,16 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from tdpo_cli import rewards
-from tdpo_cli.config import prompts
 from tdpo_cli.config.preset import Preset
 from tdpo_cli.errors import RequestError
 from tdpo_cli.models import checkpoints, lora_file
 from tdpo_cli.models.checkpoints import Checkpoint, Source
 from tdpo_cli.models.lora_file import FILE as LORA_FILE
-from tdpo_cli.rewards import scoring
 from tdpo_cli.storage.run_dir import RunDir, epoch_name, epochs_in, hash_file
-
-ALL = tuple(scoring.ZOO_FOLDERS)  # the four learned rewards
 
 
 @dataclass(frozen=True)
@@ -76,7 +72,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class _Found:
+class Found:
     """What one argument names, before it has a name."""
 
     source: Source
@@ -90,10 +86,7 @@ def find(
     arguments: Sequence[str], preset_name: str | None, overrides: Sequence[tuple[str, Any]], epochs: Sequence[int]
 ) -> tuple[list[Model], list[Preset]]:
     """Base models first, then every checkpoint, run by run, by epoch; and the presets that say how. Raises RequestError."""
-    found: list[_Found] = []
-    for argument in arguments:
-        found += _of(argument, preset_name, overrides, epochs)
-    found = list({(one.source.preset.model.start_from or one.source.preset.model.base, one.place): one for one in found}.values())  # named twice
+    found = named(arguments, preset_name, overrides, epochs)
     bases = list(dict.fromkeys(one.base for one in found))
     base_name = {base: "base" if number == 0 else f"base-{number + 1}" for number, base in enumerate(bases)}
     models = [Model(base_name[base], None, None, None, None, None, None, 0, 0, base, {}) for base in bases]
@@ -108,7 +101,13 @@ def find(
     return models, [one.source.preset for one in found]
 
 
-def _of(argument: str, preset_name: str | None, overrides: Sequence[tuple[str, Any]], epochs: Sequence[int]) -> list[_Found]:
+def named(arguments: Sequence[str], preset_name: str | None, overrides: Sequence[tuple[str, Any]], epochs: Sequence[int]) -> list[Found]:
+    """What the arguments name, each once, in order. Raises RequestError."""
+    found = [one for argument in arguments for one in _of(argument, preset_name, overrides, epochs)]
+    return list({(one.source.preset.model.start_from or one.source.preset.model.base, one.place): one for one in found}.values())
+
+
+def _of(argument: str, preset_name: str | None, overrides: Sequence[tuple[str, Any]], epochs: Sequence[int]) -> list[Found]:
     path = Path(argument)
     run = RunDir(path)
     if run.holds_a_run:
@@ -121,14 +120,14 @@ def _of(argument: str, preset_name: str | None, overrides: Sequence[tuple[str, A
     source = checkpoints.find(argument, preset_name, overrides)
     if source.preset.model.start_from is None and argument != "base":  # a whole model: compared with the preset's base model
         base = _sampling(checkpoints.find("base", preset_name, overrides))
-        return [_Found(source, base, path.resolve() if path.exists() else None)]
+        return [Found(source, base, path.resolve() if path.exists() else None)]
     place = None if argument == "base" else path.resolve()
-    return [_Found(source, _sampling(source).of_base(), place)]
+    return [Found(source, _sampling(source).of_base(), place)]
 
 
-def _of_run(run: RunDir, folder: Path, preset_name: str | None, overrides: Sequence[tuple[str, Any]]) -> _Found:
+def _of_run(run: RunDir, folder: Path, preset_name: str | None, overrides: Sequence[tuple[str, Any]]) -> Found:
     source = checkpoints.find(str(folder), preset_name, overrides)
-    return _Found(source, _sampling(source).of_base(), run.path.resolve(), run, int(folder.name.removeprefix("epoch_")))
+    return Found(source, _sampling(source).of_base(), run.path.resolve(), run, int(folder.name.removeprefix("epoch_")))
 
 
 def _sampling(source: Source) -> Sampling:
@@ -136,7 +135,7 @@ def _sampling(source: Source) -> Sampling:
     return Sampling(source.checkpoint, shown.steps, shown.guidance_scale, shown.noise, source.preset.rollout.negative_prompt)
 
 
-def _model(one: _Found, group: str, base: str) -> Model:
+def _model(one: Found, group: str, base: str) -> Model:
     how, weights = _sampling(one.source), one.source.checkpoint.weights
     if weights is not None and not (Path(weights) / "unet").is_dir():
         lora_file.check(lora_file.find(Path(weights)))
@@ -190,24 +189,24 @@ def _shown(place: Path) -> Path:
 
 
 # --- what they share ------------------------------------------------------------------------------------------------------
-def shared_prompts(given: str | None, presets: Sequence[Preset]) -> tuple[str, list[str]]:
-    """Where the prompts come from, and they. Raises RequestError."""
+def shared_prompt_source(given: str | None, presets: Sequence[Preset]) -> str:
+    """Where the prompts come from. Raises RequestError."""
     sources = [given] if given else list(dict.fromkeys(one.rollout.eval_prompts for one in presets))
     if len(sources) > 1:
         raise RequestError(f"the runs name different rollout.eval_prompts ({', '.join(map(str, sources))}); say which with --prompts FILE.")
     if sources[0] is None:
         raise RequestError("rollout.eval_prompts is not set; give held-out prompts with --prompts FILE.")
-    return sources[0], prompts.load(sources[0])
+    return sources[0]
 
 
 def shared_rewards(wanted: str, presets: Sequence[Preset]) -> dict[str, str | None]:
     """Reward -> checkpoint (None: the published one). Raises RequestError for unknown names and checkpoints that differ."""
-    paths = [scoring.checkpoints(one.reward.zoo, one.reward.checkpoints) for one in presets]
+    paths = [rewards.checkpoints(one.reward.zoo, one.reward.checkpoints) for one in presets]
     names: list[str] = []
     for word in (word.strip() for word in wanted.split(",")):
         if word == "all":
             names += [name for one in presets for name in one.rewards]
-            names += [name for name in ALL if any(name in known for known in paths)]
+            names += [name for name in rewards.LEARNED if any(name in known for known in paths)]
         elif word:
             names.append(word)
     if not names:

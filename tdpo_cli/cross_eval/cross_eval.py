@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tdpo_cli import __version__
+from tdpo_cli.config import prompts
 from tdpo_cli.console import Console, duration
 from tdpo_cli.cross_eval import candidates, figure, result, tables
 from tdpo_cli.cross_eval.candidates import Model
@@ -60,7 +61,7 @@ def _task(request: CrossEvalRequest, folder: Folder, device: torch.device, conso
     """What is to be evaluated, or what the folder has already; and whether that is finished. Raises RequestError."""
     before = folder.read_request()
     found, presets = candidates.find(request.models, request.preset, request.overrides, request.epochs)
-    source, texts = candidates.shared_prompts(request.prompts, presets)
+    source = candidates.shared_prompt_source(request.prompts, presets)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
     task = {
         "tdpo": __version__,
@@ -69,7 +70,7 @@ def _task(request: CrossEvalRequest, folder: Folder, device: torch.device, conso
         "seed": request.seed,
         "per_prompt": request.per_prompt,
         "prompt_source": source,
-        "prompts": texts,
+        "prompts": prompts.load(source),
         "rewards": candidates.shared_rewards(request.rewards, presets),
         "batch_size": request.batch_size or min(BATCH_SIZE, *(memory.sample_batch(one, free) for one in presets)),
         "models": [model.as_dict() for model in found],

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from tdpo_cli.errors import RequestError
-from tdpo_cli.overoptimisation import held_out
 from tdpo_cli.storage import disk
 
 Part = tuple[int, int, int]  # number of the model, first prompt, end
@@ -52,6 +51,8 @@ class Folder:
 
     def read_result(self) -> dict[str, Any]:
         """The content of cross_eval.json, also of one that an earlier version wrote. Raises RequestError."""
+        from tdpo_cli.overoptimisation import held_out  # here, because it needs numpy, and a wrong request is answered without
+
         try:
             return held_out.read(json.loads(self.result.read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:

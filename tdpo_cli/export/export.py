@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tdpo_cli import __version__
 from tdpo_cli.console import Console
 from tdpo_cli.errors import RequestError
-from tdpo_cli.export.request import FORMATS, ExportRequest
+from tdpo_cli.export.request import ExportRequest
 from tdpo_cli.models import kohya, lora_file
 from tdpo_cli.storage import disk
 from tdpo_cli.storage.run_dir import RunDir
@@ -19,23 +19,9 @@ from tdpo_cli.storage.run_dir import RunDir
 
 def run(request: ExportRequest, console: Console) -> dict[str, Any]:
     """Write the checkpoint's LoRA as one file for ComfyUI, A1111 and their kin. -> a summary for --json. Raises RequestError, WorkError."""
-    if request.format not in FORMATS:
-        raise RequestError(f"--format {request.format}: unknown format. Known: {', '.join(FORMATS)}.")
+    request.check()
     source = request.source()
-    if source.preset.model.start_from is None:
-        raise RequestError(f"{request.checkpoint}: no LoRA there to export, but a whole model.")
-    folder = Path(source.preset.model.start_from)
-    if source.preset.model.lora_rank == 0 and (folder / "unet").is_dir():
-        raise RequestError(
-            f"{folder}: a whole UNet was trained, and kohya's format holds LoRAs. diffusers reads {folder / 'unet'} as it is; for ComfyUI and "
-            "A1111 save it inside its pipeline and convert that with diffusers' scripts/convert_diffusers_to_original_stable_diffusion.py."
-        )
-    out = request.file(source)
-    if out.suffix != ".safetensors":
-        raise RequestError(f"--out {out}: expected a file that ends in .safetensors.")
-    if out.exists():
-        raise RequestError(f"{out} exists already; choose another --out.")
-
+    folder, out = Path(source.preset.model.start_from), request.file(source)
     state = lora_file.read(folder)
     try:
         converted, facts = kohya.convert(state), kohya.metadata(state, out.stem)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from tdpo_cli.errors import RequestError
 from tdpo_cli.models import checkpoints
 from tdpo_cli.models.checkpoints import Source
 
@@ -19,6 +20,25 @@ class ExportRequest:
     format: str  # one of FORMATS
     out: Path | None = None  # None: NAME-kohya.safetensors, here
     epoch: int | None = None  # of a run folder; None: the last
+
+    def check(self) -> None:
+        """What can be said without reading the weights. Raises RequestError."""
+        if self.format not in FORMATS:
+            raise RequestError(f"--format {self.format}: unknown format. Known: {', '.join(FORMATS)}.")
+        source = self.source()
+        if source.preset.model.start_from is None:
+            raise RequestError(f"{self.checkpoint}: no LoRA there to export, but a whole model.")
+        folder = Path(source.preset.model.start_from)
+        if source.preset.model.lora_rank == 0 and (folder / "unet").is_dir():
+            raise RequestError(
+                f"{folder}: a whole UNet was trained, and kohya's format holds LoRAs. diffusers reads {folder / 'unet'} as it is; for ComfyUI and "
+                "A1111 save it inside its pipeline and convert that with diffusers' scripts/convert_diffusers_to_original_stable_diffusion.py."
+            )
+        out = self.file(source)
+        if out.suffix != ".safetensors":
+            raise RequestError(f"--out {out}: expected a file that ends in .safetensors.")
+        if out.exists():
+            raise RequestError(f"{out} exists already; choose another --out.")
 
     def source(self) -> Source:
         """Where the weights are. Raises RequestError."""

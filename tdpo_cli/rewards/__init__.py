@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tdpo_cli.errors import RewardError
+from tdpo_cli.sandbox import ZOO
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from tdpo_cli.rewards.backbones import Backbones
 
+LEARNED = ("aesthetic", "pickscore", "hpsv2", "imagereward")  # the four reward models; the sandbox has a checkpoint of each, under its name
 VARIANTS = ("tdpo", "package")  # as the official TDPO computes a score, as the reward's own package does
 
 
@@ -63,6 +65,14 @@ def check_name(name: str) -> None:
     close = difflib.get_close_matches(name.lower(), _REWARDS, n=1, cutoff=0.4)
     suggestion = f" Did you mean {close[0]}?" if close else ""
     raise RewardError(f"unknown reward {name!r}.{suggestion} Built in: {', '.join(_REWARDS)}; your own: module:function or path/file.py:function.")
+
+
+def checkpoints(zoo: str | None, given: Mapping[str, str]) -> dict[str, str]:
+    """Reward name -> checkpoint: the zoo's, then what was given by hand. Names of neither mean the published ones."""
+    embedded = {name: str(ZOO / name) for name in LEARNED} if zoo == "sandbox" else {}
+    for name in given:
+        check_name(name)
+    return {**embedded, **given}
 
 
 def needs_prompt(name: str) -> bool:

@@ -9,18 +9,8 @@ from torch import Tensor
 
 from tdpo_cli import rewards
 from tdpo_cli.errors import RequestError
+from tdpo_cli.rewards import checkpoints as checkpoints
 from tdpo_cli.rewards.backbones import Backbones
-from tdpo_cli.sandbox import ZOO
-
-ZOO_FOLDERS = {"aesthetic": "aesthetic", "pickscore": "pickscore", "hpsv2": "hpsv2", "imagereward": "imagereward"}
-
-
-def checkpoints(zoo: str | None, given: Mapping[str, str]) -> dict[str, str]:
-    """Reward name -> checkpoint: the zoo's, then what was given by hand. Names of neither mean the published ones."""
-    embedded = {name: str(ZOO / folder) for name, folder in ZOO_FOLDERS.items()} if zoo == "sandbox" else {}
-    for name in given:
-        rewards.check_name(name)
-    return {**embedded, **given}
 
 
 def load_rewards(names: Sequence[str], backbones: Backbones, paths: Mapping[str, str], variant: str = "tdpo") -> dict[str, rewards.Reward]:

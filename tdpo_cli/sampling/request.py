@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tdpo_cli.errors import RequestError
 from tdpo_cli.models import checkpoints
 from tdpo_cli.models.checkpoints import Source
 from tdpo_cli.storage.run_dir import next_free
@@ -31,6 +32,12 @@ class SampleRequest:
     @property
     def images(self) -> int:
         return len(self.prompts) * self.per_prompt
+
+    def check(self) -> None:
+        """What can be said without torch. Raises RequestError."""
+        out = self.folder(self.source())
+        if (out / "metadata.jsonl").exists():
+            raise RequestError(f"{out} already holds samples; choose another --out.")
 
     def source(self) -> Source:
         """The weights and the settings to sample them with. Raises RequestError."""

@@ -13,7 +13,6 @@ from PIL import Image
 
 from tdpo_cli import models
 from tdpo_cli.console import Console
-from tdpo_cli.errors import RequestError
 from tdpo_cli.machine import memory, world
 from tdpo_cli.models.checkpoints import Source
 from tdpo_cli.models.policy import Policy
@@ -29,10 +28,9 @@ GRID_COLUMNS = 8
 
 def run(request: SampleRequest, console: Console) -> dict[str, Any]:
     """Write the images, each process its share. -> a summary for --json. Raises RequestError, WorkError."""
+    request.check()
     source = request.source()
     how, out = source.preset.shown, request.folder(source)
-    if (out / "metadata.jsonl").exists():
-        raise RequestError(f"{out} already holds samples; choose another --out.")
     team = world.current(str(world.device(request.device)))
     policy = _policy(request, source, team.device, console)
 

@@ -9,8 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
 from tdpo_cli.errors import RequestError
-from tdpo_cli.score import images
+from tdpo_cli.score import listing
 
 METADATA = "metadata.jsonl"  # the imagefolder convention: exactly the images it names
 PNG_CHUNKS = ("prompt", "parameters")
@@ -29,15 +31,13 @@ def collect(folder: Path, prompt: str | None, prompts_file: Path | None) -> list
 
     The sources: `prompt` for all; `prompts_file`; metadata.jsonl; a text file beside each image; a PNG's text.
     """
-    images.check_folder(folder)
-    if prompt is not None and prompts_file is not None:
-        raise RequestError("--prompt and --prompts exclude each other: give one prompt for all images, or a file of prompts.")
+    check(folder, prompt, prompts_file)
     told: Mapping[str, str | None] | None = None
     if (folder / METADATA).is_file():
         told = _keyed(folder / METADATA, folder)
         names = sorted(told)
     else:
-        names = images.find(folder)
+        names = listing.find(folder)
     if prompt is not None:
         return [Item(name, prompt) for name in names]
     if prompts_file is not None:
@@ -46,6 +46,15 @@ def collect(folder: Path, prompt: str | None, prompts_file: Path | None) -> list
         return [Item(name, told[name]) for name in names]
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(lambda name: Item(name, _own_prompt(folder / name)), names, chunksize=64))
+
+
+def check(folder: Path, prompt: str | None, prompts_file: Path | None) -> None:
+    """Whether folder and file can be read. Raises RequestError."""
+    listing.check_folder(folder)
+    if prompt is not None and prompts_file is not None:
+        raise RequestError("--prompt and --prompts exclude each other: give one prompt for all images, or a file of prompts.")
+    if prompts_file is not None:
+        _text(prompts_file)
 
 
 def without_prompt(items: Sequence[Item], folder: Path) -> list[str]:
@@ -71,7 +80,7 @@ def _own_prompt(path: Path) -> str | None:
 def _header(path: Path) -> dict | None:
     """Pillow's `info`, without decoding pixels; None where it is no image."""
     try:
-        with images.Image.open(path) as image:
+        with Image.open(path) as image:
             return dict(image.info)
     except Exception:  # noqa: BLE001 - each of Pillow's parsers raises its own; the reader will say what is wrong
         return None

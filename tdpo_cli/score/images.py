@@ -1,8 +1,7 @@
-"""Find the images of a folder and read any of Pillow's formats as 8-bit RGB, ahead of use and in order."""
+"""Read any of Pillow's formats as 8-bit RGB, ahead of use and in order."""
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -14,10 +13,6 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from tdpo_cli.errors import RequestError
-
-# formats that Pillow recognises but does not decode by itself, and EPS, for which it would run another program
-NOT_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 BACKGROUND = "white"  # what shows through transparent pixels
 
 
@@ -25,41 +20,6 @@ class UnreadableImage(Exception):
     """Not an image, damaged, or too large; the message is the reason."""
 
 
-# --- which --------------------------------------------------------------------------------------------------------------
-def find(folder: Path) -> list[str]:
-    """Every image below `folder`, known by its suffix, as a path relative to it, in name order. Hidden files are left out.
-
-    Raises RequestError.
-    """
-    check_folder(folder)
-    suffixes = known_suffixes()
-    names = []
-    for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        here = Path(place).relative_to(folder)
-        names += [(here / name).as_posix() for name in files if not name.startswith(".") and Path(name).suffix.lower() in suffixes]
-    if not names:
-        raise RequestError(f"{folder}: no images in it (looked for {', '.join(sorted(suffixes & COMMON))} and others, also in its folders).")
-    return sorted(names)
-
-
-COMMON = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp"}
-
-
-def check_folder(folder: Path) -> None:
-    if not folder.exists():
-        raise RequestError(f"{folder}: no such folder.")
-    if not folder.is_dir():
-        raise RequestError(f"{folder}: not a folder; give the folder that holds the images.")
-
-
-def known_suffixes() -> set[str]:
-    """.png, .jpg, ...: what this Pillow can open."""
-    Image.init()
-    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN and kind not in NOT_IMAGES}
-
-
-# --- reading ------------------------------------------------------------------------------------------------------------
 def read(path: Path) -> Tensor:
     """[3,H,W] uint8: upright as EXIF says, transparent parts over white, the first frame of an animation.
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tdpo_cli import rewards
 from tdpo_cli.errors import RequestError
+from tdpo_cli.score import captions, score_file
 
-ALL = ("aesthetic", "pickscore", "hpsv2", "imagereward")
 DTYPES = ("fp32", "fp16", "bf16")
 
 
@@ -41,8 +41,8 @@ class ScoreRequest:
         """Where the scores go."""
         return self.out or _next_free(self.folder)
 
-    def check_choices(self) -> None:
-        """Raises RequestError for a word that is not one of those expected."""
+    def check(self) -> None:
+        """What can be said without torch and without reading the images. Raises RequestError."""
         names = self.names
         if self.variant not in rewards.VARIANTS:
             raise RequestError(f"--variant {self.variant}: expected {' or '.join(rewards.VARIANTS)}.")
@@ -53,13 +53,17 @@ class ScoreRequest:
         for name in self.checkpoints:
             if name not in names:
                 raise RequestError(f"--checkpoint {name}=...: {name} is not among --rewards {','.join(names)}.")
+        if self.gpus is not None and (self.processes is not None or self.device is not None):
+            raise RequestError("--gpus excludes --processes and --device: it takes the first N GPUs, one process each.")
+        captions.check(self.folder, self.prompt, self.prompts)
+        score_file.check_suffix(self.file)
 
 
 def reward_names(wanted: str) -> tuple[str, ...]:
     """`all`, or names with commas between them, each once. Raises RequestError."""
     names: list[str] = []
     for name in wanted.split(","):
-        names += ALL if name.strip() == "all" else [name.strip()] if name.strip() else []
+        names += rewards.LEARNED if name.strip() == "all" else [name.strip()] if name.strip() else []
     if not names:
         raise RequestError(f"--rewards {wanted!r}: no reward named; expected all, or some of {', '.join(rewards.names())}.")
     for name in names:

@@ -13,7 +13,6 @@ from tdpo_cli import __version__, rewards
 from tdpo_cli.console import Console, duration, significant
 from tdpo_cli.errors import RequestError
 from tdpo_cli.machine import world
-from tdpo_cli.rewards import scoring
 from tdpo_cli.score import captions, summary
 from tdpo_cli.score.captions import HOW, Item, listed
 from tdpo_cli.score.request import ScoreRequest
@@ -27,14 +26,14 @@ SHOWN_PROBLEMS = 20
 def run(request: ScoreRequest, console: Console) -> dict[str, Any]:
     """Score the images of a folder. -> a summary for --json. Raises RequestError, WorkError."""
     started = time.perf_counter()
-    request.check_choices()
+    request.check()
     names, devices = request.names, _devices(request)
     items = captions.collect(request.folder, request.prompt, request.prompts)
     _check_prompts(items, names, request.folder)
     file = ScoreFile(request.file, names)
     file.check_writable()
     batch_size = request.batch_size or BATCH_SIZE.get(devices[0].partition(":")[0], 8)
-    paths = scoring.checkpoints(request.zoo, request.checkpoints)
+    paths = rewards.checkpoints(request.zoo, request.checkpoints)
     work = Work(request.folder, names, paths, request.variant, request.dtype, devices, batch_size)
 
     with team(work) as scorers:
@@ -89,8 +88,6 @@ def _check_prompts(items: Sequence[Item], names: Sequence[str], folder: Path) ->
 def _devices(request: ScoreRequest) -> tuple[str, ...]:
     """One per process."""
     processes, gpus, device = request.processes, request.gpus, request.device
-    if gpus is not None and (processes is not None or device is not None):
-        raise RequestError("--gpus excludes --processes and --device: it takes the first N GPUs, one process each.")
     if gpus is not None:
         return tuple(str(world.device(f"cuda:{rank}")) for rank in range(gpus))
     if processes is not None:

@@ -18,12 +18,16 @@ Row = dict[str, Any]  # image, prompt, then a number or None per reward
 SUFFIXES = (".jsonl", ".csv")
 
 
+def check_suffix(path: Path) -> None:
+    if path.suffix not in SUFFIXES:
+        raise RequestError(f"--out {path}: expected a file that ends in .jsonl or .csv.")
+
+
 class ScoreFile:
     """Rows of `columns` in a .jsonl or .csv file, in the order of `names`."""
 
     def __init__(self, path: Path, columns: Sequence[str]):
-        if path.suffix not in SUFFIXES:
-            raise RequestError(f"--out {path}: expected a file that ends in .jsonl or .csv.")
+        check_suffix(path)
         self.path, self.columns = path, list(columns)
         self.meta_path = path.with_suffix(".meta.json")
 

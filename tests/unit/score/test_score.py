@@ -14,8 +14,8 @@ import torch
 from helpers import tdpo
 from PIL import Image, PngImagePlugin
 
-from tdpo_cli.score import images
-from tdpo_cli.score.request import ALL
+from tdpo_cli.rewards import LEARNED
+from tdpo_cli.score import images, listing
 
 FUNCTIONS = """
 import os, time, torch
@@ -113,8 +113,8 @@ def test_all_four_rewards_of_the_sandbox(folder, tmp_path):
     out = tmp_path / "s.jsonl"
     result = tdpo("score", folder, "--rewards", "all", "--zoo", "sandbox", "--prompt", "a red circle on a blue background", "--out", out)
     assert result.status == 0, result.err
-    assert list(rows_of(out)[0]) == ["image", "prompt", *ALL]
-    assert all(isinstance(row[name], float) for row in rows_of(out) for name in ALL)
+    assert list(rows_of(out)[0]) == ["image", "prompt", *LEARNED]
+    assert all(isinstance(row[name], float) for row in rows_of(out) for name in LEARNED)
 
 
 def test_half_precision_prints_its_difference(folder, tmp_path):
@@ -147,7 +147,7 @@ def test_every_format_is_the_same_grey(name, tmp_path):
     pixels = images.read(tmp_path / name)
     assert pixels.shape == (3, 7, 9) and pixels.dtype == torch.uint8
     assert (pixels.float() - 153).abs().max() <= 1
-    assert images.find(tmp_path) == [name]
+    assert listing.find(tmp_path) == [name]
 
 
 def test_transparent_palette_shows_white(tmp_path):
@@ -206,7 +206,7 @@ def test_prompts_from_text_files_and_png_chunks(folder, my):
 
 
 def test_prompts_file_by_line_and_by_name(folder, my, tmp_path):
-    names = images.find(folder)
+    names = listing.find(folder)
     (tmp_path / "a.txt").write_text("\n".join(f"line {i}" for i in range(12)) + "\n\n")
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"image": name, "text": f"for {name}"}) + "\n" for name in reversed(names)))
     (tmp_path / "c.csv").write_text("file_name,prompt\n" + "".join(f'{name},"a, b"\n' for name in names))

@@ -4,7 +4,8 @@
     pytest tests/families --pipelines DIR [--pipelines DIR2]   # your own: a diffusers folder, or a folder that holds some
 
 A pipeline whose class is not supported, or that the installed diffusers lacks, is skipped with that reason. Everything runs in single
-precision on the CPU at 64 x 96 pixels, so a folder of full size takes long. A new family needs a line in `conventions.CALLS`, and nothing else.
+precision on the CPU at 64 x 96 pixels, with several copies of the networks in memory: meant for small folders. A new family needs a line
+in `conventions.CALLS`, and nothing else.
 """
 
 import re
@@ -243,7 +244,8 @@ def test_normal_form_is_stable(case):
     forms = [case.base.normal_form(prompt) for prompt in PROMPTS]
     assert len(set(forms)) == len(PROMPTS)
     assert [case.moved.normal_form(prompt) for prompt in PROMPTS] == forms
-    assert [case.base.normal_form(form) for form in forms] == forms
+    # Stable Diffusion 2 pads with "!", which counts as text there
+    assert [case.base.normal_form(form).rstrip("!") for form in forms] == [form.rstrip("!") for form in forms]
 
 
 # --- guidance -----------------------------------------------------------------------------------------------------------

@@ -11,16 +11,16 @@ from subject import GUIDANCE, SIZE, STEPS
 
 from tdpo_cli.config.preset import Model
 
-LORA = "checkpoints/epoch_0001/pytorch_lora_weights.safetensors"
+LORA = "checkpoints/epoch_{:04d}/pytorch_lora_weights.safetensors"
 
 
-@pytest.fixture(scope="module", params=["tdpo-r", "ddpo"])
-def train(case, request, tmp_path_factory):
-    """Train on the pipeline into a folder of this name. -> the run folder"""
+@pytest.fixture(scope="module")
+def train(case, tmp_path_factory):
+    """Train on the pipeline into a folder of this name, with TDPO-R unless the arguments say otherwise. -> the run folder"""
     place = tmp_path_factory.mktemp("runs")
     changes = {
         "model__base": str(case.path), "model__resolution": list(SIZE), "rollout__steps": STEPS, "rollout__guidance_scale": GUIDANCE,
-        "reward__train": "jpeg-incompressibility", "algorithm__name": request.param,
+        "reward__train": "jpeg-incompressibility", "algorithm__name": "tdpo-r",
     }  # fmt: skip
     if hasattr(Model, "allow_distilled"):
         changes["model__allow_distilled"] = True
@@ -39,15 +39,24 @@ def straight(train):
     return train("straight", "--epochs", 2)
 
 
-def test_run_trains_the_policy(straight):
-    rows = tiny.rows(straight)
-    assert [row["epoch"] for row in rows] == [0, 1]
+def assert_trained(run, epochs):
+    rows = tiny.rows(run)
+    assert [row["epoch"] for row in rows] == list(range(epochs))
     for row in rows:
         assert row["updates"] > 0 and row["skipped_steps"] == 0
         assert math.isfinite(row["policy_loss"]) and row["policy_grad_norm"] > 0
         assert row["rewards/jpeg-incompressibility/std"] > 0
     assert rows[0]["ratio_drift"] <= 1e-5  # of the first optimizer step: the same weights as in the rollout
-    assert all(weight.any() for weight in load_file(straight / LORA).values())  # the zero half of the adapter left 0
+    weights = load_file(run / LORA.format(epochs - 1))
+    assert weights and all(weight.any() for weight in weights.values())  # the zero half of the adapter left 0
+
+
+def test_run_with_a_critic_trains_every_layer(straight):
+    assert_trained(straight, 2)
+
+
+def test_run_without_a_critic_trains_every_layer(train):
+    assert_trained(train("ddpo", "--epochs", 1, "--algorithm", "ddpo"), 1)
 
 
 def test_run_resumed_is_the_straight_run(straight, train):
@@ -57,4 +66,4 @@ def test_run_resumed_is_the_straight_run(straight, train):
     assert [entry["first_epoch"] for entry in json.loads((run / "env.json").read_text())] == [0, 1]
     (rows, weights), (expected_rows, expected_weights) = tiny.outcome_of(run), tiny.outcome_of(straight)
     assert rows == expected_rows
-    assert LORA in weights and weights == expected_weights
+    assert LORA.format(1) in weights and weights == expected_weights

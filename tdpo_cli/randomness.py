@@ -35,6 +35,10 @@ class Randomness:
         draw = lambda i: torch.randint(len(choices), (), generator=self.generator("prompt", epoch, i)).item()
         return tuple(choices[draw(i)] for i in sample_ids)
 
+    def window(self, epoch: int, choices: int) -> int:
+        """Which of so many windows of denoising steps an epoch has: the same for all samples."""
+        return torch.randint(choices, (), generator=self.generator("window", epoch)).item()
+
     def initial_latents(self, epoch: int, sample_ids: Sequence[int], shape: Sequence[int]) -> Tensor:
         """x_T ~ N(0, I). -> [b,*shape] float32"""
         return self._normal(("latents", epoch), sample_ids, shape)

@@ -62,7 +62,7 @@ def bound(column: str, row: Mapping[str, Any], preset: Preset) -> float:
     before = ROLLOUT * PREDICTION + (moved / GROWTH if epoch else 0.0)  # of images and rewards: made with the weights before
     pairs = preset.rollout.samples_per_epoch * preset.trained_steps
     rms_log_ratio = math.sqrt(2 * row["approx_kl"])
-    log_ratio = 2 * log_prob_error(preset.rollout.steps, preset.rollout.eta) + moved * rms_log_ratio  # old and new log-prob, and the movement
+    log_ratio = 2 * log_prob_error(preset.rollout.steps, preset.rollout.eta or 1.0) + moved * rms_log_ratio  # old and new log-prob, and the movement
     if column.startswith("rewards/"):
         name = column.rsplit("/", 1)[0]
         return before * row[f"{name}/std"] + PREDICTION * abs(row[f"{name}/mean"])
@@ -73,7 +73,7 @@ def bound(column: str, row: Mapping[str, Any], preset: Preset) -> float:
         "approx_kl": rms_log_ratio * log_ratio + log_ratio**2 / 2,
         "critic_loss": before * math.sqrt(2 * (row["critic_loss"] or 0)),
         # the first step's weights are the rollout's: nothing but rounding
-        "ratio_drift": 2 * log_prob_error(preset.rollout.steps, preset.rollout.eta),
+        "ratio_drift": 2 * log_prob_error(preset.rollout.steps, preset.rollout.eta or 1.0),
         # one pair at the edge, and those within the error of it
         "policy_clip_fraction": 1 / pairs + log_ratio / max(rms_log_ratio, log_ratio),
         "critic_clip_fraction": 1 / pairs + WORST * before,

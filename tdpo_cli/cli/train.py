@@ -100,7 +100,7 @@ def _resumed(out: Path | None, preset: str | None, overrides: list[tuple[str, An
     if out is None:
         raise RequestError("--resume needs --out RUN: the folder of the run to continue.")
     recorded = RunDir(out).read_preset()
-    wanted = presets.load(preset, overrides) if preset else presets.override(recorded, overrides)
+    wanted = presets.own_values(presets.load(preset, overrides), recorded) if preset else presets.override(recorded, overrides)
     differences = [
         f"  {key}: the run has {json.dumps(old)}, asked for {json.dumps(new)}"
         for key, old, new in presets.differences(recorded, wanted)
@@ -111,9 +111,25 @@ def _resumed(out: Path | None, preset: str | None, overrides: list[tuple[str, An
     return wanted
 
 
+def _noise(preset: presets.Preset) -> str:
+    rollout = preset.rollout
+    if rollout.eta is not None:
+        return f"DDIM, eta {rollout.eta:g}, in all {rollout.steps} steps"
+    how = f"{rollout.dynamics}, noise level {rollout.noise_level:g}"
+    if rollout.window is not None:
+        return f"{how}, in {preset.stochastic_steps} of {rollout.steps} steps, drawn every epoch"
+    if rollout.dynamics == "cps":
+        return f"{how}; at most {preset.stochastic_steps} of {rollout.steps} steps are trained, counted once the model is loaded"
+    return f"{how}, in {preset.stochastic_steps} of {rollout.steps} steps"
+
+
 def _dry_run(preset: presets.Preset, as_json: bool) -> None:
     from tdpo_cli.machine import memory
+    from tdpo_cli.models import settings
 
+    entry = settings.local_entry(preset)
+    if entry is not None:
+        preset = settings.fit(preset, entry)
     # which device there is, nobody has asked: the usual plan of a GPU, or the one that the limit allows
     gpu = preset.model.base != "sandbox"
     limit = memory.limit(preset, memory.main_memory()[1] if not gpu else None, gpu) if preset.run.memory_limit else None
@@ -143,6 +159,8 @@ def _dry_run(preset: presets.Preset, as_json: bool) -> None:
     Console().pairs(
         [
             ("model", preset.model.base),
+            ("family", entry.title if entry else "unknown until downloaded"),
+            ("noise", _noise(preset) if entry else "checked against the family once it is downloaded"),
             ("algorithm", preset.algorithm.name),
             ("rewards", f"{preset.reward.train} trains; watching {', '.join(preset.reward.watch) or 'none'}"),
             ("prompts", f"{preset.rollout.prompts}; held out: {preset.rollout.eval_prompts or 'none'}"),

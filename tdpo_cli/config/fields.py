@@ -44,6 +44,8 @@ def convert(value: Any, hint: Any, limits: Mapping[str, Any], what: str) -> Any:
         value = float(value)
     if hint == tuple[int, int]:
         return _pair(value, limits, what)
+    if hint == tuple[int, int, int]:
+        return _window(value, what)
     if hint == tuple[str, ...]:
         if isinstance(value, str):
             value = [part.strip() for part in value.split(",") if part.strip()]
@@ -69,6 +71,18 @@ def _pair(value: Any, limits: Mapping[str, Any], what: str) -> tuple[int, int]:
     for item in both:
         _check_range(item, limits, what)
     return both[0], both[1]
+
+
+def _window(value: Any, what: str) -> tuple[int, int, int]:
+    """[size, first, last], [size, [first, last]], {size = ..., range = [first, last]}, or a size alone: from 0 to -1, the last step but one."""
+    if isinstance(value, Mapping) and set(value) == {"size", "range"}:
+        value = [value["size"], value["range"]]
+    if isinstance(value, (list, tuple)) and len(value) == 2 and isinstance(value[1], (list, tuple)):
+        value = [value[0], *value[1]]
+    three = [value, 0, -1] if type(value) is int else value
+    if not isinstance(three, (list, tuple)) or len(three) != 3 or not all(type(item) is int for item in three):
+        raise SettingError(f"{what}: expected [size, first, last] or a size, whole numbers, got {said(value)}.")
+    return tuple(three)
 
 
 def _check_range(value: float, limits: Mapping[str, Any], what: str) -> None:
@@ -104,7 +118,7 @@ def type_name(hint: Any) -> str:
     if accepts_none(hint):
         return " | ".join(type_name(h) if h is not type(None) else "none" for h in typing.get_args(hint))
     plain = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
-    lists = {tuple[str, ...]: "a list of strings", tuple[int, int]: "a whole number or two of them"}
+    lists = {tuple[str, ...]: "a list of strings", tuple[int, int]: "a whole number or two of them", tuple[int, int, int]: "[size, first, last]"}
     return plain.get(hint) or lists.get(hint, "a table of strings")
 
 

@@ -48,7 +48,16 @@ class Rollout:
     samples_per_epoch: int = knob(256, "images sampled and scored per epoch, over all processes", at_least=1, at_most=1_000_000)
     steps: int = knob(50, "denoising steps per image", at_least=1, at_most=1000)
     guidance_scale: float = knob(5.0, "classifier-free guidance; 1 or less is off", at_least=0)
-    eta: float = knob(1.0, "DDIM noise; a policy gradient needs some", above=0, at_most=1)
+    eta: float | None = knob(None, "DDIM noise; a policy gradient needs some", above=0, at_most=1)
+    dynamics: Literal["ddim", "cps", "flow-sde", "dance-sde"] | None = knob(
+        None, "how a step adds noise: ddim, or one of the others for flow-matching models; default the family's own (ddim with eta 1, or flow-sde)"
+    )
+    noise_level: float | None = knob(None, "noise of a flow-matching step; default 0.7 with flow-matching models", above=0, at_most=2)
+    window: tuple[int, int, int] | None = knob(
+        None,
+        "flow matching: [size, first, last]: only `size` steps in a row have noise and are trained, drawn anew every epoch from the steps "
+        "first .. last - 1; a number is [size, 0, steps - 1]; default all but the last step",
+    )
     negative_prompt: str = knob("", "what the unconditional half of guidance sees")
 
 
@@ -190,8 +199,15 @@ class Preset:
 
     @property
     def stochastic_steps(self) -> int:
-        """S, the denoising steps that have a log-probability: the columns of a trajectory. All of them with DDIM."""
-        return self.rollout.steps
+        """S, the denoising steps that have a log-probability: the columns of a trajectory.
+
+        All of them with DDIM; with flow matching those of the window, or all but the last. With cps and no window that is an
+        upper bound until the model is loaded: a window then leaves out the steps near the end.
+        """
+        rollout = self.rollout
+        if rollout.window is not None:
+            return rollout.window[0]
+        return rollout.steps - (rollout.dynamics not in (None, "ddim"))
 
     @property
     def trained_steps(self) -> int:
@@ -348,10 +364,14 @@ def check(preset: Preset, where: str) -> Preset:
         raise SettingError(
             f"{where}: update.batch_size {batch} does not divide rollout.samples_per_epoch {samples}. These would: {', '.join(map(str, nearest))}."
         )
+    _check_noise(preset.rollout, where)
     if preset.trained_steps < 1:
+        steps = preset.stochastic_steps
+        if steps < 1:
+            raise SettingError(f"{where}: rollout.steps {preset.rollout.steps}: the last step of a flow model is not trained, so give at least 2.")
         raise SettingError(
-            f"{where}: update.timestep_fraction {preset.update.timestep_fraction} of {preset.rollout.steps} steps is no step at all. "
-            f"Use at least {math.ceil(10_000 / preset.rollout.steps) / 10_000:g}."  # rounded up: 49 x (1/49) is below 1
+            f"{where}: update.timestep_fraction {preset.update.timestep_fraction} of {steps} steps is no step at all. "
+            f"Use at least {math.ceil(10_000 / steps) / 10_000:g}."  # rounded up: 49 x (1/49) is below 1
         )
     if preset.algorithm.update_mode == "all-timesteps" and not preset.algorithm.facts.all_timesteps:
         raise SettingError(
@@ -369,6 +389,33 @@ def check(preset: Preset, where: str) -> Preset:
     if twice:
         raise SettingError(f"{where}: reward {min(twice)!r} is named twice in reward.train and reward.watch.")
     return preset
+
+
+def _check_noise(rollout: Rollout, where: str) -> None:
+    """What contradicts itself whatever the model is."""
+    flow = {"dynamics": rollout.dynamics not in (None, "ddim"), "noise_level": rollout.noise_level is not None, "window": rollout.window is not None}
+    given = [f"rollout.{key}" for key, is_given in flow.items() if is_given]
+    for key in ("eta",) if rollout.eta is not None else ("dynamics",) if rollout.dynamics == "ddim" else ():
+        if given:
+            raise SettingError(
+                f"{where}: rollout.{key} {getattr(rollout, key)} is for DDIM and {given[0]} for flow-matching models. "
+                f"Leave one out: --set rollout.{key}=none or --set {given[0]}=none"
+            )
+    if rollout.window is None:
+        return
+    size, first, last = rollout.window
+    last = rollout.steps - 1 if last == -1 else last
+    if not 0 <= first < last <= rollout.steps:
+        raise SettingError(f"{where}: rollout.window: first {first} and last {last} must be 0 <= first < last <= rollout.steps {rollout.steps}.")
+    if not 1 <= size <= last - first:
+        raise SettingError(f"{where}: rollout.window of {size} steps must be at least 1 and fit into the {last - first} steps {first} .. {last - 1}.")
+
+
+def own_values(preset: Preset, recorded: Preset) -> Preset:
+    """Noise settings that are left to the model's family, as a run has recorded them."""
+    keys = ("eta", "dynamics", "noise_level", "window")
+    own = {key: getattr(recorded.rollout, key) for key in keys if getattr(preset.rollout, key) is None}
+    return dataclasses.replace(preset, rollout=dataclasses.replace(preset.rollout, **own))
 
 
 def _section(section: str, keys: Mapping[str, Any], where: str) -> Any:

@@ -25,12 +25,13 @@ class FamilyEntry:
     place: str  # module:class of the Family
     title: str  # for messages and the header
     diffusion: str  # ddim | flow: which sampler serves it, and so which noise settings apply
+    optional_t5: bool = False  # model.drop_t5 applies
 
 
 # by diffusers' pipeline class, as model_index.json names it
 FAMILIES = {
     "StableDiffusionPipeline": FamilyEntry("tdpo_cli.models.families.sd:StableDiffusion", "Stable Diffusion 1.x and 2.x", "ddim"),
-    "StableDiffusion3Pipeline": FamilyEntry("tdpo_cli.models.families.sd3:StableDiffusion3", "Stable Diffusion 3 and 3.5", "flow"),
+    "StableDiffusion3Pipeline": FamilyEntry("tdpo_cli.models.families.sd3:StableDiffusion3", "Stable Diffusion 3 and 3.5", "flow", optional_t5=True),
     "FluxPipeline": FamilyEntry("tdpo_cli.models.families.flux:Flux", "FLUX.1", "flow"),
 }
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from tdpo_cli.errors import RequestError
 from tdpo_cli.models.samplers import Sampler
 from tdpo_cli.models.samplers.ddim import DDIM
-from tdpo_cli.models.samplers.flow import DYNAMICS, NOISE_LEVEL, Flow, noise_levels
+from tdpo_cli.models.samplers.flow import DYNAMICS, Flow, noise_levels
+from tdpo_cli.models.settings import ETA, FLOW_DYNAMICS, NOISE_LEVEL
 from tdpo_cli.types import Conditioning
 
 
@@ -67,7 +68,7 @@ class Family:
             raise RequestError(f"rollout.dynamics {dynamics} is for flow-matching models; this one is sampled with ddim.")
         if window is not None:
             raise RequestError("rollout.window is for flow-matching models; DDIM has noise in every step.")
-        return DDIM.of(self.scheduler_config, steps, 1.0 if noise is None else noise).to(self.device)
+        return DDIM.of(self.scheduler_config, steps, ETA if noise is None else noise).to(self.device)
 
     # --- what a family may change ---------------------------------------------------------------------------------------
     @property
@@ -141,6 +142,7 @@ class FlowFamily(Family):
     """Base of the families that predict a velocity. Their text encoders are larger than many a denoiser."""
 
     text_encoders_leave = True
+    shown_noise = 0.0
     patch: int  # side, in latents, of the square that is one image token
 
     def sampler(
@@ -153,7 +155,7 @@ class FlowFamily(Family):
             noise = noise_levels(steps, NOISE_LEVEL if noise is None else noise, window)
         elif len(noise) != steps:
             raise RequestError(f"{len(noise)} noise levels for {steps} denoising steps.")
-        return Flow.of(self.scheduler_config, noise, dynamics or DYNAMICS[0], window, self.mu(steps), self.unshifted(steps)).to(self.device)
+        return Flow.of(self.scheduler_config, noise, dynamics or FLOW_DYNAMICS, window, self.mu(steps), self.unshifted(steps)).to(self.device)
 
     @property
     def tokens(self) -> int:

@@ -24,6 +24,7 @@ from tdpo_cli.errors import RequestError, first_line
 from tdpo_cli.models import adapter, lora_file
 from tdpo_cli.models.family import Family
 from tdpo_cli.models.policy import Policy
+from tdpo_cli.models.settings import check_model
 from tdpo_cli.randomness import Randomness
 from tdpo_cli.storage.run_dir import RunDir
 
@@ -48,7 +49,9 @@ def load(
     if model.base == "sandbox" and ("OMP_NUM_THREADS" not in os.environ or "TDPO_THREADS_SHARED" in os.environ):
         torch.set_num_threads(1)  # its networks are so small that a second thread costs more than it brings
     source, model, device = models.resolve(model.base), _starting_point(model), torch.device(device)
-    module, _, name = models.family_of(source, model.revision).place.partition(":")
+    entry = models.family_of(source, model.revision)
+    check_model(model, entry)
+    module, _, name = entry.place.partition(":")
     dtype = DTYPES[model.dtype] if device.type != "cpu" else torch.float32
     family: Family = getattr(importlib.import_module(module), name).load(source, model, dtype, device)
     _settle(family, device)

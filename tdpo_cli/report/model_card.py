@@ -46,8 +46,15 @@ deviations of epoch 0. A reward model's score that rises is no proof of better i
 
 {_table(("setting", ""), _settings(preset, prompts))}
 
-Sampled in training with DDIM, {preset.rollout.steps} steps, eta {preset.rollout.eta:g}, guidance scale {preset.rollout.guidance_scale:g}.
+Sampled in training with {_noise(preset)}, guidance scale {preset.rollout.guidance_scale:g}.
 """
+
+
+def _noise(preset: Preset) -> str:
+    rollout = preset.rollout
+    if rollout.dynamics in (None, "ddim"):
+        return f"DDIM, {rollout.steps} steps, eta {1.0 if rollout.eta is None else rollout.eta:g}"
+    return f"{rollout.dynamics}, {rollout.steps} steps, noise level {rollout.noise_level:g} in {preset.stochastic_steps} of them"
 
 
 def add_cross_eval(folder: Path, result: Mapping[str, Any], name: str | None = None) -> str | None:

@@ -18,7 +18,7 @@ from tdpo_cli.rewards import scoring
 from tdpo_cli.train import metrics, sharing
 from tdpo_cli.train.metrics import EpochResult
 from tdpo_cli.train.rollout import Actor
-from tdpo_cli.train.state import Job
+from tdpo_cli.train.state import Job, set_schedule
 from tdpo_cli.train.update import Learner, Observer, Step
 from tdpo_cli.types import Credit, ShufflePlan, Trajectory
 
@@ -28,6 +28,8 @@ def run_epoch(job: Job, epoch: int, console: Console) -> dict[str, Any]:
     preset, world, seconds = job.preset, job.world, {}
     actor = Actor(job.policy, job.critic, job.encoder, job.randomness, preset, job.plan, job.backbones)
     start = time.perf_counter()
+    if preset.rollout.window is not None:
+        set_schedule(job.policy, preset, job.randomness, epoch)
     orders = _orders(job, epoch)
     home = sharing.homes(orders[0], preset.update.batch_size, world)
     ids = (home == world.rank).nonzero().flatten().tolist()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from tdpo_cli.config.preset import Preset
 from tdpo_cli.errors import RequestError
 from tdpo_cli.machine import memory
 from tdpo_cli.machine.world import World
+from tdpo_cli.models import settings
 from tdpo_cli.models.policy import Policy
 from tdpo_cli.randomness import Randomness
 from tdpo_cli.rewards import Reward, scoring
@@ -81,7 +82,7 @@ def build(preset: Preset, world: World, plan: memory.Plan) -> Job:
         preset.model, device=world.device, negative_prompt=preset.rollout.negative_prompt,
         keep_reference=preset.needs_reference, randomness=randomness,
     )  # fmt: skip
-    policy.set_schedule(preset.rollout.steps, preset.rollout.eta)
+    preset = set_schedule(policy, settings.fit(preset, settings.entry_of(preset)), randomness)
     policy.cut_up(plan.checkpointing, preset.run.compile)
     backbones = Backbones(world.device)
     if plan.park:
@@ -99,6 +100,25 @@ def build(preset: Preset, world: World, plan: memory.Plan) -> Job:
         preset, world, policy, rewards, encoder, critic, optimizers, algorithms.make(preset), randomness, prompt_list,
         plan, backbones,
     )  # fmt: skip
+
+
+def set_schedule(policy: Policy, preset: Preset, randomness: Randomness, epoch: int = 0) -> Preset:
+    """Set an epoch's denoising steps; with a window, one drawn from (seed, epoch). -> the preset with the window that cps needs
+
+    Without one, cps trains the steps before the noise becomes tiny. Which these are is known once the model is. Raises RequestError.
+    """
+    rollout = preset.rollout
+    noise, window = rollout.eta if rollout.noise_level is None else rollout.noise_level, None
+    if rollout.window is not None:
+        size, first, last = rollout.window
+        last = rollout.steps - 1 if last == -1 else last
+        window = first + randomness.window(epoch, last - first - size + 1), size
+    policy.set_schedule(rollout.steps, noise, rollout.dynamics, window)
+    if rollout.dynamics != "cps" or window is not None:
+        return preset
+    trained = int(policy.stochastic.sum())
+    policy.set_schedule(rollout.steps, noise, rollout.dynamics, (0, trained))
+    return replace(preset, rollout=replace(rollout, window=(trained, 0, trained)))
 
 
 def make_optimizers(policy: Policy, critic: Critic | None, preset: Preset) -> Optimizers:

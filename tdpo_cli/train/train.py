@@ -17,6 +17,7 @@ from tdpo_cli.console import Console
 from tdpo_cli.errors import RequestError, WorkError, first_line
 from tdpo_cli.machine import memory, signals
 from tdpo_cli.machine.world import World, current, may_download
+from tdpo_cli.models import settings
 from tdpo_cli.overoptimisation import verdict
 from tdpo_cli.report import report
 from tdpo_cli.storage.run_dir import RunDir
@@ -39,6 +40,9 @@ def run(preset: Preset, out: Path, resume: bool, console: Console, device: str |
         folder.must_be_free()
     if world.is_main:
         trackers.check(preset.run.trackers)
+    if not resume or preset.rollout.eta is None and preset.rollout.dynamics is None:
+        with world.first_on_each_machine() if may_download() else contextlib.nullcontext():
+            preset = settings.fit(preset, settings.entry_of(preset))
     plan = _plan(preset, world, folder, resume)
     while True:
         try:
@@ -83,6 +87,7 @@ def _run(
 
     with world.first_on_each_machine() if may_download() else contextlib.nullcontext():
         job = build(preset, world, plan)
+    preset = job.preset
     if loaded:
         job.load_state_dict(loaded[1])
     if world.is_main:

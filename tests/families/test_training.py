@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import tiny
@@ -48,7 +49,17 @@ def assert_trained(run, epochs):
         assert row["rewards/jpeg-incompressibility/std"] > 0
     assert rows[0]["ratio_drift"] <= 1e-5  # of the first optimizer step: the same weights as in the rollout
     weights = load_file(run / LORA.format(epochs - 1))
-    assert weights and all(weight.any() for weight in weights.values())  # the zero half of the adapter left 0
+    still = {name for name, weight in weights.items() if not weight.any()}
+    assert weights and still <= unread(run)  # the zero half of the adapter left 0
+
+
+def unread(run):
+    """Weights without a gradient: the last block of Stable Diffusion 3 throws away what its text tokens attend to."""
+    base = Path(json.loads((run / "preset.json").read_text())["model"]["base"])
+    if json.loads((base / "model_index.json").read_text())["_class_name"] != "StableDiffusion3Pipeline":
+        return set()
+    last = json.loads((base / "transformer/config.json").read_text())["num_layers"] - 1
+    return {f"transformer.transformer_blocks.{last}.attn.add_q_proj.lora_B.weight"}
 
 
 def test_run_with_a_critic_trains_every_layer(straight):

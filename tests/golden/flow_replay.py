@@ -13,7 +13,8 @@ from flow_recording import DYNAMICS, FlowTrace
 from torch import Tensor
 
 from tdpo_cli.models.samplers.flow import Flow
-from tdpo_cli.train.update import make_optimizers, policy_loss
+from tdpo_cli.train.losses import policy_loss
+from tdpo_cli.train.state import make_optimizers
 from tdpo_cli.types import Conditioning, Transition
 
 # tolerances, as the traces' README advises

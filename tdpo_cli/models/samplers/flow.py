@@ -25,7 +25,6 @@ from tdpo_cli.models.samplers import column, gaussian
 from tdpo_cli.types import Transition
 
 DYNAMICS = ("flow-sde", "cps", "dance-sde")
-NOISE_LEVEL = 0.7  # Flow-GRPO's
 # below this sigma', std is so small in cps that one step has hundreds of times the sensitivity of the first
 CPS_FLOOR = 0.05
 

@@ -9,9 +9,11 @@ import shutil
 import sys
 import types
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
+from flow_models import SD3
 from tolerances import assert_same_run, bound, log_prob_error
 
 from tdpo_cli import models
@@ -44,14 +46,21 @@ SMALL = {
 TWO = {"run.epochs": 2}  # for what only shows once something has been learnt
 SMOOTH = {"update.clip_range": 0.5, "update.clip_range_critic": 0.0}  # at a clip range the last bit decides a whole pair
 KL = TWO | {"algorithm.kl_penalty_coef": 1e4}  # log-probs are means, so a KL is small
+# a flow-matching model with a third text encoder; its images are 32 pixels wide, as gold needs them
+FLOW = {
+    "model.base": str(SD3), "model.resolution": 32, "rollout.steps": 4, "algorithm.name": "ddpo",
+}  # fmt: skip
 
 # key -> (settings that let it matter, values that each must give another run)
 CHANGES_THE_RUN = {
+    "model.drop_t5": (FLOW, [True]),
     "model.lora_rank": ({}, [3]),
     "rollout.samples_per_epoch": ({}, [6]),
     "rollout.steps": ({}, [3]),
     "rollout.guidance_scale": ({}, [3.0, 1.0]),
     "rollout.eta": ({}, [0.8]),
+    "rollout.noise_level": (FLOW, [0.4]),
+    "rollout.window": (FLOW, [1, (2, 0, 2), (2, 1, 3)]),
     "rollout.negative_prompt": ({}, ["a red circle"]),
     "reward.train": ({}, ["jpeg-incompressibility"]),
     "reward.normalise": ({}, ["global", "none"]),
@@ -119,7 +128,6 @@ def start(changes: dict, micro_batch: int = 8):
 @cache
 def two_prompts():
     import tempfile
-    from pathlib import Path
 
     file = Path(tempfile.mkdtemp()) / "prompts.txt"
     file.write_text("\n".join(prompts.load("sandbox")[:2]))
@@ -232,8 +240,6 @@ def test_micro_batch_never_changes_the_result():
 # --- options that are no part of the mathematics ------------------------------------------------------------------------
 def base():
     """model.base: a word, a folder"""
-    from pathlib import Path
-
     other = Path(__file__).parents[2] / "data/trace_a/model/pipeline"
     widths = [start(given).policy.family.network.config["block_out_channels"] for given in ({"model.base": str(other)}, {})]
     assert widths[0] != widths[1]
@@ -422,6 +428,15 @@ def shown_images(tmp_path, monkeypatch):
     assert (as_rollout.steps, as_rollout.guidance_scale, as_rollout.noise) == (2, 2.0, 0.8)
 
 
+def dynamics():
+    """rollout.dynamics: the family's own when it is written out, another run otherwise."""
+    assert same(numbers(run_with({"rollout.dynamics": "ddim"})), numbers(run_with({})))
+    runs = {name: numbers(run_with(FLOW | {"rollout.dynamics": name})) for name in (None, "flow-sde", "cps", "dance-sde")}
+    assert same(runs["flow-sde"], runs[None])
+    assert not same(runs["flow-sde"], runs["cps"])
+    assert not same(runs["flow-sde"], runs["dance-sde"]) and not same(runs["cps"], runs["dance-sde"])
+
+
 def resolution():
     """Pixels: one number or two; latents follow, and what does not divide is refused."""
     shapes = {value: start({"model.resolution": value}).policy.latent_shape for value in (32, (16, 48))}
@@ -440,6 +455,7 @@ ELSEWHERE = {
     "model.start_from": start_from,
     "model.dtype": dtype,
     "model.tf32": tf32,
+    "rollout.dynamics": dynamics,
     "rollout.prompts": rollout_prompts,
     "rollout.eval_prompts": eval_prompts,
     "reward.watch": watch,
@@ -478,7 +494,7 @@ def test_every_choice_of_an_option_is_tried(key):
     kind = next(kind for known, kind, _, _ in presets.describe() if known == key)
     if " | " not in kind or key == "algorithm.critic_init_std":
         return
-    choices = {choice for choice in kind.split(" | ") if choice not in ("none", "a number", "a whole number", "a string")}
+    choices = {choice for choice in kind.split(" | ") if choice not in ("none", "a number", "a whole number", "a string", "[size, first, last]")}
     given, values = CHANGES_THE_RUN[key]
     started = getattr(getattr(settings_of(given), section), name)
     assert choices <= {started, *values}

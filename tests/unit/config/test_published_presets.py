@@ -18,11 +18,15 @@ PUBLISHED = {
     "model.start_from": None,
     "model.lora_rank": 4,
     "model.dtype": "fp16",
+    "model.drop_t5": False,
     "model.tf32": True,
     "rollout.samples_per_epoch": 8 * 8 * 4,  # GPUs x batch x batches
     "rollout.steps": 50,
     "rollout.guidance_scale": 5.0,
     "rollout.eta": 1.0,
+    "rollout.dynamics": None,  # of flow-matching models, as the two below
+    "rollout.noise_level": None,
+    "rollout.window": None,
     "rollout.negative_prompt": "",
     "reward.zoo": None,
     "reward.checkpoints": {},

@@ -204,3 +204,11 @@ def test_a_schedule_that_does_not_fall_is_refused():
         Flow.of({**STATIC, "invert_sigmas": True}, [0.7] * 4)
     with pytest.raises(RequestError, match="`mu` must be passed"):
         Flow.of(DYNAMIC, [0.7] * 4)
+
+
+def test_the_table_in_the_docs_is_the_scripts(request, monkeypatch):
+    root = request.config.rootpath
+    monkeypatch.syspath_prepend(root / "benchmarks")
+    import flow_noise
+
+    assert flow_noise.table() in (root / "docs/flow.md").read_text()

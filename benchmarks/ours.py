@@ -8,6 +8,7 @@ from standin import Trained
 from torch import Tensor
 
 from tdpo_cli import algorithms
+from tdpo_cli.algorithms.base import credit as credit_of
 from tdpo_cli.machine.memory import Plan
 from tdpo_cli.machine.world import World
 from tdpo_cli.randomness import shuffle_plan, unshuffled
@@ -30,7 +31,7 @@ def score(bench: Bench, trajectory: Trajectory, chunk: int = 48) -> Tensor:
 
 
 def credit(bench: Bench, trajectory: Trajectory, scores: Tensor) -> Credit:
-    return algorithms.credit(algorithms.make(bench.preset), trajectory, scores)
+    return credit_of(algorithms.make(bench.preset), trajectory, scores)
 
 
 def order(bench: Bench, epoch: int = 0) -> ShufflePlan:

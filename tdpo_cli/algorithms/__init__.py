@@ -1,69 +1,41 @@
-"""Algorithms: what an epoch's rewards are worth to each step, and what happens to the critic after an inner epoch."""
+"""Algorithms: what an epoch's rewards are worth to each step. Here the table of them; imports no torch.
+
+A new algorithm is one file beside this one and one line in `ALGORITHMS`; everything else reads `preset.algorithm.facts`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any, Protocol
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from tdpo_cli.algorithms.base import Algorithm
+    from tdpo_cli.config.preset import Preset
 
-from tdpo_cli.algorithms.critic import Critic
-from tdpo_cli.algorithms.ddpo import DDPO
-from tdpo_cli.algorithms.tdpo import TDPO, TDPOR
-from tdpo_cli.config.preset import Preset
-from tdpo_cli.randomness import Randomness
-from tdpo_cli.types import Credit, ShufflePlan, Trajectory
+BLACK = "[Black et al. 2023](https://arxiv.org/abs/2305.13301)"
+ZHANG = "[Zhang et al. 2024](https://arxiv.org/abs/2402.08552)"
 
 
-class Algorithm(Protocol):
-    """`everyone` holds all samples of the epoch, ordered by sample id; the mathematics is single-process."""
+@dataclass(frozen=True)
+class Facts:
+    """What the rest of the program must know of an algorithm without importing it."""
 
-    def credit(self, everyone: Trajectory, rewards: Tensor) -> Credit: ...
-    def after_inner_epoch(
-        self, critic: Critic | None, optimizer: torch.optim.Optimizer | None, everyone: Trajectory,
-        plan: ShufflePlan, inner: int, randomness: Randomness,
-    ) -> dict[str, Any]: ...  # fmt: skip
-    def after_epoch(self, credit: Credit) -> None: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    place: str  # module:class, made from the preset
+    paper: str  # a Markdown link
+    critic: bool = False  # a critic sees the states and is trained
+    resets: bool = False  # neurons of the critic are re-initialised
+    all_timesteps: bool = False  # gradients may be accumulated over all timesteps
 
 
-ALGORITHMS = {"ddpo": DDPO, "tdpo": TDPO, "tdpo-r": TDPOR}
-
-
-def credit(algorithm: Algorithm, everyone: Trajectory, rewards: Tensor) -> Credit:
-    """`algorithm.credit` of the samples whose numbers are all finite; the others get NaN and touch no statistics.
-
-    NaN credit makes the loss of exactly those optimizer steps NaN that hold such a sample, and the update skips them.
-    """
-    fine = usable(everyone, rewards)
-    if fine.all():
-        return algorithm.credit(everyone, rewards)
-    rows = fine.nonzero().flatten()
-    part = lambda tensor: None if tensor is None else tensor[rows.to(tensor.device)]
-    some = replace(
-        everyone, prompts=tuple(everyone.prompts[i] for i in rows), prompt_keys=tuple(everyone.prompt_keys[i] for i in rows),
-        log_probs=part(everyone.log_probs), ref_log_probs=part(everyone.ref_log_probs), values=part(everyone.values),
-    )  # fmt: skip
-    known = algorithm.credit(some, rewards[rows])
-
-    def spread(values: Tensor) -> Tensor:
-        whole = torch.full((len(fine), *values.shape[1:]), float("nan"), dtype=values.dtype)
-        whole[rows] = values
-        return whole
-
-    return Credit(spread(known.advantages), spread(known.returns), spread(known.normed_rewards), known.mean_kl)
-
-
-def usable(everyone: Trajectory, rewards: Tensor) -> Tensor:
-    """Which samples have a finite reward, log-probabilities and values. -> [N] bool"""
-    fine = rewards.cpu().isfinite()
-    for steps in (everyone.log_probs, everyone.ref_log_probs, everyone.values):
-        if steps is not None:
-            fine = fine & steps.isfinite().all(dim=1).cpu()
-    return fine
+ALGORITHMS = {
+    "ddpo": Facts("tdpo_cli.algorithms.ddpo:DDPO", BLACK, all_timesteps=True),
+    "tdpo": Facts("tdpo_cli.algorithms.tdpo:TDPO", ZHANG, critic=True),
+    "tdpo-r": Facts("tdpo_cli.algorithms.tdpo:TDPOR", ZHANG, critic=True, resets=True),
+}
 
 
 def make(preset: Preset) -> Algorithm:
-    return ALGORITHMS[preset.algorithm.name](preset)
+    """The algorithm that the preset names."""
+    module, _, name = preset.algorithm.facts.place.partition(":")
+    return getattr(importlib.import_module(module), name)(preset)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 from tdpo_cli.cli import options
+from tdpo_cli.cli.workers import Workers
 from tdpo_cli.console import Console
 from tdpo_cli.machine import launch
+from tdpo_cli.storage.run_dir import next_free
 
 
 def cross_eval(
@@ -40,23 +41,19 @@ def cross_eval(
     quiet: options.QuietFlag = False,
 ) -> None:
     """Compare checkpoints with their base model: same held-out prompts, same noise, several rewards."""
-    workers = launch.plan(gpus, processes, 1, None, None)
-    if launch.is_worker():
-        launch.check_world(workers)
-    elif out is None or workers.world_size > 1:
-        from tdpo_cli.storage.run_dir import next_free
+    from tdpo_cli.cross_eval.request import CrossEvalRequest
 
-        out = out or next_free(Path("cross-evals"), _name(checkpoints[0]))
-        if workers.world_size > 1:
-            launch.check(workers, workers.world_size)  # of the devices; how much there is to do is not known yet
-            raise typer.Exit(launch.run(workers, [*sys.argv[1:], "--out", str(out)]))
+    workers = Workers.of(gpus, processes)
+    request = CrossEvalRequest(
+        models=checkpoints, out=out or next_free(Path("cross-evals"), _name(checkpoints[0])), rewards=rewards, prompts=prompts,
+        per_prompt=per_prompt, seed=seed, preset=preset, overrides=options.overrides(set_, checkpoint, zoo), epochs=epoch or (),
+        batch_size=batch_size, device=device or workers.device,
+    )  # fmt: skip
+    workers.start(workers.plan.world_size, request.out)  # how much there is to do is not known yet
     options.prepare_libraries()
     from tdpo_cli.cross_eval import cross_eval as evaluation
 
-    report = evaluation.run(
-        checkpoints, rewards, prompts, per_prompt, seed, out, preset, options.overrides(set_, checkpoint, zoo), epoch or [], batch_size,
-        device or ("cuda" if gpus else "cpu" if processes else None), Console(quiet or json_, silent=not launch.is_main()),
-    )  # fmt: skip
+    report = evaluation.run(request, Console(quiet or json_, silent=not launch.is_main()))
     if json_ and launch.is_main():
         print(json.dumps(report))
 

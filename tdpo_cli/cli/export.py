@@ -22,8 +22,9 @@ def export(
 ) -> None:
     """Write a checkpoint's LoRA in another program's format."""
     options.prepare_libraries()
-    from tdpo_cli.models import export as exporting
+    from tdpo_cli.export import export as exporting
+    from tdpo_cli.export.request import ExportRequest
 
-    report = exporting.run(checkpoint, format_, out, epoch, Console(quiet or json_))
+    report = exporting.run(ExportRequest(checkpoint, format_, out, epoch), Console(quiet or json_))
     if json_:
         print(json.dumps(report))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 from tdpo_cli.cli import options
+from tdpo_cli.cli.workers import Workers
 from tdpo_cli.config import preset as presets
 from tdpo_cli.console import Console
 from tdpo_cli.errors import RequestError
@@ -42,30 +42,24 @@ def sample(
 ) -> None:
     """Sample images from a checkpoint."""
     from tdpo_cli.config import prompts as prompt_sources
+    from tdpo_cli.sampling.request import SampleRequest
 
-    workers = launch.plan(gpus, processes, 1, None, None)
-    if workers.world_size > 1 and "-" in prompts:
+    workers = Workers.of(gpus, processes)
+    if workers.several and "-" in prompts:
         raise RequestError("prompts from standard input reach one process only: give a text file with --gpus or --processes.")
-    wanted = prompt_sources.from_arguments(prompts)
-    if launch.is_worker():
-        launch.check_world(workers)
-    elif workers.world_size > 1:
-        from tdpo_cli.storage.run_dir import next_free
-
-        launch.check(workers, len(wanted) * per_prompt)
-        out = out or next_free(Path("samples"), Path(checkpoint).name or "base")
-        raise typer.Exit(launch.run(workers, [*sys.argv[1:], "--out", str(out)]))
-    options.prepare_libraries()
-    from tdpo_cli.sampling import sample as sampling
-
     overrides = [presets.parse_override(text) for text in set_ or []]
     given = {
         "rollout.steps": steps, "rollout.guidance_scale": guidance_scale, "rollout.negative_prompt": negative_prompt, "model.dtype": dtype,
     }  # fmt: skip
     overrides += [(key, value) for key, value in given.items() if value is not None]
-    report = sampling.run(
-        checkpoint, wanted, preset, overrides, epoch, out, per_prompt, seed, batch_size, eta, lora_scale,
-        device or ("cuda" if gpus else "cpu" if processes else None), Console(quiet or json_, silent=not launch.is_main()),
+    request = SampleRequest(
+        checkpoint=checkpoint, prompts=prompt_sources.from_arguments(prompts), preset=preset, overrides=overrides, epoch=epoch, out=out,
+        per_prompt=per_prompt, seed=seed, batch_size=batch_size, eta=eta, lora_scale=lora_scale, device=device or workers.device,
     )  # fmt: skip
+    workers.start(request.images, request.folder(request.source()))
+    options.prepare_libraries()
+    from tdpo_cli.sampling import sample as sampling
+
+    report = sampling.run(request, Console(quiet or json_, silent=not launch.is_main()))
     if json_ and launch.is_main():
         print(json.dumps(report))

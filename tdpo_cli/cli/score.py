@@ -35,11 +35,13 @@ def score(
     """Score the images of a folder with reward models."""
     options.prepare_libraries()
     from tdpo_cli.score import score as scoring
+    from tdpo_cli.score.request import ScoreRequest
 
-    report = scoring.run(
-        folder, rewards, prompt, prompts, variant, options.checkpoints(checkpoint), zoo, out, batch_size, processes, gpus, device, dtype,
-        Console(quiet or json_),
+    request = ScoreRequest(
+        folder=folder, rewards=rewards, prompt=prompt, prompts=prompts, variant=variant, checkpoints=options.checkpoints(checkpoint), zoo=zoo,
+        out=out, batch_size=batch_size, processes=processes, gpus=gpus, device=device, dtype=dtype,
     )  # fmt: skip
+    report = scoring.run(request, Console(quiet or json_))
     if json_:
         print(json.dumps(report))
     if failure := scoring.failure(report):

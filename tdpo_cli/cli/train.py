@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
 from tdpo_cli.cli import options
+from tdpo_cli.cli.workers import Workers
 from tdpo_cli.config import preset as presets
 from tdpo_cli.console import Console, size
 from tdpo_cli.errors import RequestError
@@ -59,26 +59,20 @@ def train(
         resolved = presets.load(preset or "quickstart", overrides)
     if dry_run:
         return _dry_run(resolved, json_)
-    workers = launch.plan(gpus, processes, machines, machine_rank, main_address)
+    workers = Workers.of(gpus, processes, machines, machine_rank, main_address)
     if machines > 1 and out is None:
         raise RequestError("--machines needs --out RUN, the same on every machine.")
     if out is None:
         from tdpo_cli.storage.run_dir import next_free
 
         out = next_free(Path("runs"), Path(preset or "quickstart").stem)
-    if launch.is_worker():
-        if gpus or processes:
-            launch.check_world(workers)
-    else:
-        launch.check(workers, resolved.rollout.samples_per_epoch)
-        if workers.world_size > 1:
-            raise typer.Exit(launch.run(workers, [*sys.argv[1:], "--out", str(out)]))
+    workers.start(resolved.rollout.samples_per_epoch, out, any_launcher=True)
     console = Console(quiet or json_, silent=not launch.is_main())
     with console.working("loading libraries"):
         options.prepare_libraries()
         from tdpo_cli.train import train as training
 
-    report = training.run(resolved, out, resume, console, "cuda" if gpus else "cpu" if processes else None)
+    report = training.run(resolved, out, resume, console, workers.device)
     if json_ and launch.is_main():
         print(json.dumps(report))
 

@@ -17,12 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tdpo_cli.algorithms import ALGORITHMS, Facts
 from tdpo_cli.config.fields import SettingError, accepts_none, convert, knob, said, suggest, type_name
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:  # pragma: no cover - the interpreter decides
     import tomli as tomllib
+
+
+AlgorithmName = Literal[tuple(ALGORITHMS)]
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,15 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    steps: int | None = knob(None, "denoising steps of shown images: sample, previews, cross-eval; default the rollout's", at_least=1, at_most=1000)
+    guidance_scale: float | None = knob(None, "guidance of shown images; default the rollout's", at_least=0)
+    noise: float | None = knob(
+        None, "eta (DDIM) or noise level (flow) of shown images, 0 is deterministic; default the rollout's with DDIM, 0 with flow models", at_least=0
+    )
+
+
+@dataclass(frozen=True)
 class Reward:
     train: str = knob("aesthetic", "the reward that trains: a name, `module:function` or `file.py:function`")
     watch: tuple[str, ...] = knob((), "rewards scored every epoch that never train")
@@ -67,7 +80,7 @@ class Reward:
 
 @dataclass(frozen=True)
 class Algorithm:
-    name: Literal["ddpo", "tdpo", "tdpo-r"] = knob("tdpo-r", "ddpo has no critic; tdpo-r is tdpo with neuron resets")
+    name: AlgorithmName = knob("tdpo-r", "ddpo has no critic; tdpo-r is tdpo with neuron resets")
     gamma: float = knob(1.0, "discount per denoising step", at_least=0, at_most=1)
     advantage_norm: Literal["global", "per-prompt", "none"] = knob("global", "statistics that standardise the advantages (tdpo, tdpo-r)")
     critic_coef: float = knob(1.0, "weight of the critic loss", at_least=0)
@@ -91,6 +104,10 @@ class Algorithm:
     update_mode: Literal["per-timestep", "all-timesteps"] = knob(
         "per-timestep", "one optimizer step per batch and timestep slot, or (ddpo only) gradients accumulated over all timesteps"
     )
+
+    @property
+    def facts(self) -> Facts:
+        return ALGORITHMS[self.name]
 
 
 @dataclass(frozen=True)
@@ -136,6 +153,7 @@ class Run:
 class Preset:
     model: Model = dataclasses.field(default_factory=Model)
     rollout: Rollout = dataclasses.field(default_factory=Rollout)
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
     reward: Reward = dataclasses.field(default_factory=Reward)
     algorithm: Algorithm = dataclasses.field(default_factory=Algorithm)
     update: Update = dataclasses.field(default_factory=Update)
@@ -149,7 +167,7 @@ class Preset:
 
     @property
     def has_critic(self) -> bool:
-        return self.algorithm.name != "ddpo"
+        return self.algorithm.facts.critic
 
     @property
     def needs_reference(self) -> bool:
@@ -179,7 +197,7 @@ class Preset:
 
 TRACKERS = ("tensorboard", "wandb")
 SECTIONS: dict[str, type] = {
-    "model": Model, "rollout": Rollout, "reward": Reward, "algorithm": Algorithm, "update": Update, "run": Run,
+    "model": Model, "rollout": Rollout, "sampling": Sampling, "reward": Reward, "algorithm": Algorithm, "update": Update, "run": Run,
 }  # fmt: skip
 
 
@@ -314,7 +332,7 @@ def check(preset: Preset, where: str) -> Preset:
             f"{where}: update.timestep_fraction {preset.update.timestep_fraction} of {preset.rollout.steps} steps is no step at all. "
             f"Use at least {math.ceil(10_000 / preset.rollout.steps) / 10_000:g}."  # rounded up: 49 x (1/49) is below 1
         )
-    if preset.algorithm.update_mode == "all-timesteps" and preset.has_critic:
+    if preset.algorithm.update_mode == "all-timesteps" and not preset.algorithm.facts.all_timesteps:
         raise SettingError(
             f"{where}: algorithm.update_mode all-timesteps is DDPO's; {preset.algorithm.name} takes one optimizer step per timestep "
             "slot. Use algorithm.name=ddpo or update_mode=per-timestep."

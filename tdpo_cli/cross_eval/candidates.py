@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tdpo_cli import rewards
-from tdpo_cli.config import preset, prompts
+from tdpo_cli.config import prompts
 from tdpo_cli.config.preset import Preset
 from tdpo_cli.errors import RequestError
 from tdpo_cli.models import checkpoints, lora_file
-from tdpo_cli.models.checkpoints import Source
+from tdpo_cli.models.checkpoints import Checkpoint, Source
+from tdpo_cli.models.lora_file import FILE as LORA_FILE
 from tdpo_cli.rewards import scoring
 from tdpo_cli.storage.run_dir import RunDir, epoch_name, epochs_in, hash_file
 
@@ -25,14 +26,27 @@ ALL = tuple(scoring.ZOO_FOLDERS)  # the four learned rewards
 class Sampling:
     """Everything that decides which image a prompt and its noise become."""
 
-    base: str
-    revision: str | None
-    dtype: str
-    start_from: str | None  # None is the base model itself
+    checkpoint: Checkpoint
     steps: int
     guidance_scale: float
     eta: float
     negative_prompt: str
+
+    def of_base(self) -> Sampling:
+        """The same without weights: the base model."""
+        return replace(self, checkpoint=replace(self.checkpoint, weights=None))
+
+    def as_dict(self) -> dict[str, Any]:
+        """As request.json holds it: flat."""
+        flat = asdict(self)
+        checkpoint = flat.pop("checkpoint")
+        return {**{"start_from" if name == "weights" else name: value for name, value in checkpoint.items()}, **flat}
+
+    @staticmethod
+    def of(flat: Mapping[str, Any]) -> Sampling:
+        """From request.json."""
+        rest = {name: flat[name] for name in ("steps", "guidance_scale", "eta", "negative_prompt")}
+        return Sampling(Checkpoint(flat["base"], flat["revision"], flat["dtype"], flat["start_from"]), **rest)
 
 
 @dataclass(frozen=True)
@@ -50,6 +64,15 @@ class Model:
     updates: int | None
     sampling: Sampling
     sha256: dict[str, str]  # weights file -> hash
+
+    def as_dict(self) -> dict[str, Any]:
+        """As request.json holds it."""
+        return {**asdict(self), "sampling": self.sampling.as_dict()}
+
+    @staticmethod
+    def of(entry: Mapping[str, Any]) -> Model:
+        """From request.json."""
+        return Model(**{**entry, "sampling": Sampling.of(entry["sampling"])})
 
 
 @dataclass(frozen=True)
@@ -97,34 +120,27 @@ def _of(argument: str, preset_name: str | None, overrides: Sequence[tuple[str, A
         return [_of_run(RunDir(path.parent.parent), path, preset_name, overrides)]
     source = checkpoints.find(argument, preset_name, overrides)
     if source.preset.model.start_from is None and argument != "base":  # a whole model: compared with the preset's base model
-        base = sampling(checkpoints.find("base", preset_name, overrides).preset)
+        base = _sampling(checkpoints.find("base", preset_name, overrides))
         return [_Found(source, base, path.resolve() if path.exists() else None)]
     place = None if argument == "base" else path.resolve()
-    return [_Found(source, replace(sampling(source.preset), start_from=None), place)]
+    return [_Found(source, _sampling(source).of_base(), place)]
 
 
 def _of_run(run: RunDir, folder: Path, preset_name: str | None, overrides: Sequence[tuple[str, Any]]) -> _Found:
     source = checkpoints.find(str(folder), preset_name, overrides)
-    base = replace(sampling(source.preset), start_from=None)
-    return _Found(source, base, run.path.resolve(), run, int(folder.name.removeprefix("epoch_")))
+    return _Found(source, _sampling(source).of_base(), run.path.resolve(), run, int(folder.name.removeprefix("epoch_")))
 
 
-def sampling(settings: Preset) -> Sampling:
-    model, rollout = settings.model, settings.rollout
-    weights = None if model.start_from is None else str(Path(model.start_from).resolve())
-    return Sampling(model.base, model.revision, model.dtype, weights, rollout.steps, rollout.guidance_scale, rollout.eta, rollout.negative_prompt)
-
-
-def network(sampling: Sampling) -> preset.Model:
-    """The model section that `models.load` understands."""
-    return preset.Model(base=sampling.base, revision=sampling.revision, start_from=sampling.start_from, dtype=sampling.dtype)
+def _sampling(source: Source) -> Sampling:
+    rollout = source.preset.rollout
+    return Sampling(source.checkpoint, rollout.steps, rollout.guidance_scale, rollout.eta, rollout.negative_prompt)
 
 
 def _model(one: _Found, group: str, base: str) -> Model:
-    how = sampling(one.source.preset)
-    if how.start_from is not None and not (Path(how.start_from) / "unet").is_dir():
-        lora_file.check(lora_file.find(Path(how.start_from)))
-    digests = hashes(how.start_from)
+    how, weights = _sampling(one.source), one.source.checkpoint.weights
+    if weights is not None and not (Path(weights) / "unet").is_dir():
+        lora_file.check(lora_file.find(Path(weights)))
+    digests = hashes(weights)
     if one.run is None:
         return Model(group, base, None, None, group, None, None, None, None, how, digests)
     own = one.run.read_preset()
@@ -168,7 +184,7 @@ def _names(places: Sequence[Path], taken: set[str]) -> dict[Path, str]:
 
 def _shown(place: Path) -> Path:
     """What a place is called: a LoRA file under the usual name like its folder, other files without their suffix."""
-    if place.name == lora_file.FILE:
+    if place.name == LORA_FILE:
         return place.parent
     return place.with_suffix("") if place.suffix == ".safetensors" else place
 

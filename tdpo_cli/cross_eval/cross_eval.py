@@ -6,7 +6,6 @@ import contextlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,11 @@ import torch
 
 from tdpo_cli import __version__
 from tdpo_cli.console import Console, duration
-from tdpo_cli.cross_eval import candidates, evaluate, figure
-from tdpo_cli.cross_eval.candidates import Model, Sampling
-from tdpo_cli.cross_eval.cross_eval import result, tables
-from tdpo_cli.cross_eval.cross_eval.folder import Folder, write_json
+from tdpo_cli.cross_eval import candidates, figure, result, tables
+from tdpo_cli.cross_eval.candidates import Model
+from tdpo_cli.cross_eval.evaluate import Evaluator, fetch, prompts_at_once
+from tdpo_cli.cross_eval.folder import Folder, Part, write_json
+from tdpo_cli.cross_eval.request import CrossEvalRequest
 from tdpo_cli.errors import RequestError
 from tdpo_cli.machine import memory, world
 from tdpo_cli.report import cross_eval_page as page
@@ -27,66 +27,57 @@ from tdpo_cli.storage import disk
 BATCH_SIZE = 16  # images per network call at most; a part of the work is as large
 
 
-def run(
-    arguments: Sequence[str], wanted: str, prompts: str | None, per_prompt: int, seed: int, out: Path, preset: str | None,
-    overrides: Sequence[tuple[str, Any]], epochs: Sequence[int], batch_size: int | None, device: str | None, console: Console,
-) -> dict[str, Any]:  # fmt: skip
-    """Evaluate into `out`, each process its share; go on where a killed one stopped. -> a summary for --json. Raises RequestError, WorkError."""
+def run(request: CrossEvalRequest, console: Console) -> dict[str, Any]:
+    """Evaluate, each process its share; continue where a killed one stopped. -> a summary for --json. Raises RequestError, WorkError."""
     started = time.perf_counter()
-    team = world.current(str(world.device(device)))
-    folder = Folder(out)
-    request, finished = team.from_main(
-        _request(arguments, wanted, prompts, per_prompt, seed, preset, overrides, epochs, batch_size, team, folder, console)
-        if team.is_main else None
-    )  # fmt: skip
-    compared = [_model(entry) for entry in request["models"]]
+    team = world.current(str(world.device(request.device)))
+    folder = Folder(request.out)
+    task, finished = team.from_main(_task(request, folder, team.device, console) if team.is_main else None)
+    compared = [Model.of(entry) for entry in task["models"]]
     if not finished:
-        _evaluate(request, compared, folder, team, console)
+        _evaluate(task, compared, folder, team, console)
     report = {}
     if team.is_main:
         folder.lock()
         if not finished:
-            at_once = _prompts_at_once(request)
-            parts = {model.name: folder.read_parts(model.name, len(request["prompts"]), at_once) for model in compared}
-            write_json(folder.result, result.build(request, compared, parts), indent=1)
+            at_once = prompts_at_once(task)
+            parts = {model.name: folder.read_parts(model.name, len(task["prompts"]), at_once) for model in compared}
+            write_json(folder.result, result.build(task, compared, parts), indent=1)
             folder.forget_parts()
         content = folder.read_result()
         report = _draw(content, folder, console)
         _complete_cards(compared, content, console)
         report["seconds"] = time.perf_counter() - started
-        images = len(request["prompts"]) * request["per_prompt"]
+        images = len(task["prompts"]) * task["per_prompt"]
         done = "drawn anew from the cross_eval.json that was there" if finished else duration(report["seconds"])
-        console.say(f"{len(compared)} models, {images} images each, in {out} ({done}). Start with {report['page']}.")
+        console.say(f"{len(compared)} models, {images} images each, in {request.out} ({done}). Start with {report['page']}.")
     team.close()
     return report
 
 
-# --- the request --------------------------------------------------------------------------------------------------------
-def _request(
-    arguments: Sequence[str], wanted: str, prompts: str | None, per_prompt: int, seed: int, preset: str | None,
-    overrides: Sequence[tuple[str, Any]], epochs: Sequence[int], batch_size: int | None, team: world.World, folder: Folder, console: Console,
-) -> tuple[dict[str, Any], bool]:  # fmt: skip
-    """What is to be evaluated, as JSON, or as the folder has it already; and whether that is finished. Raises RequestError."""
+# --- the task: the request with everything resolved, as request.json holds it ---------------------------------------------
+def _task(request: CrossEvalRequest, folder: Folder, device: torch.device, console: Console) -> tuple[dict[str, Any], bool]:
+    """What is to be evaluated, or what the folder has already; and whether that is finished. Raises RequestError."""
     before = folder.read_request()
-    found, presets = candidates.find(arguments, preset, overrides, epochs)
-    source, texts = candidates.shared_prompts(prompts, presets)
-    free = torch.cuda.mem_get_info(team.device)[0] if team.device.type == "cuda" else None
-    request = {
+    found, presets = candidates.find(request.models, request.preset, request.overrides, request.epochs)
+    source, texts = candidates.shared_prompts(request.prompts, presets)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    task = {
         "tdpo": __version__,
-        "checkpoints": [str(Path(argument).resolve()) if Path(argument).exists() else argument for argument in arguments],
-        "epochs": list(epochs),
-        "seed": seed,
-        "per_prompt": per_prompt,
+        "checkpoints": [str(Path(argument).resolve()) if Path(argument).exists() else argument for argument in request.models],
+        "epochs": list(request.epochs),
+        "seed": request.seed,
+        "per_prompt": request.per_prompt,
         "prompt_source": source,
         "prompts": texts,
-        "rewards": candidates.shared_rewards(wanted, presets),
-        "batch_size": batch_size or min(BATCH_SIZE, *(memory.sample_batch(one, free) for one in presets)),
-        "models": [asdict(model) for model in found],
+        "rewards": candidates.shared_rewards(request.rewards, presets),
+        "batch_size": request.batch_size or min(BATCH_SIZE, *(memory.sample_batch(one, free) for one in presets)),
+        "models": [model.as_dict() for model in found],
     }
     if before is None:
-        return request, False
+        return task, False
     finished = folder.result.exists()
-    _must_be_the_same(before, request, batch_size is None, finished, folder)
+    _must_be_the_same(before, task, request.batch_size is None, finished, folder)
     if len(found) > len(before["models"]):
         console.warn(f"{folder.path} was begun with {len(before['models'])} of now {len(found)} models; choose another --out for all.")
     return before, finished
@@ -112,54 +103,38 @@ def _brief(value: Any) -> str:
     return f"{len(value)} entries" if isinstance(value, list) and len(value) > 4 else str(value)
 
 
-def _model(entry: Mapping[str, Any]) -> Model:
-    return Model(**{**entry, "sampling": Sampling(**entry["sampling"])})
-
-
-def _prompts_at_once(request: Mapping[str, Any]) -> int:
-    """Prompts of one part: fixed, so that neither processes nor interruptions change which images share a network call."""
-    return max(1, request["batch_size"] // request["per_prompt"])
-
-
 # --- the work -----------------------------------------------------------------------------------------------------------
-def _evaluate(request: dict[str, Any], compared: Sequence[Model], folder: Folder, team: world.World, console: Console) -> None:
+def _evaluate(task: dict[str, Any], compared: Sequence[Model], folder: Folder, team: world.World, console: Console) -> None:
     """Do the parts that are missing, each process a run of neighbours, so that it loads few models."""
     with console.working("loading"), team.first_on_each_machine() if world.may_download() else contextlib.nullcontext():
         if team.local_rank == 0:
-            evaluate.fetch(compared, team.device)
-        judges = evaluate.Judges(request["rewards"], request["per_prompt"] > 1, team.device, console.warn)
-    prompts, names = request["prompts"], [model.name for model in compared]
-    missing = team.from_main(_begin(request, judges, folder, names, console) if team.is_main else None)
-    mine = missing[team.share(len(missing))]
-    steps = sum((end - first) * request["per_prompt"] * compared[number].sampling.steps for number, first, end in mine)
-    with console.progress("sampling and scoring", steps) as advance:
-        evaluate.do(
-            mine, compared, prompts, request["per_prompt"], request["seed"], request["batch_size"],
-            judges, folder, team.device, advance, console.warn,
-        )  # fmt: skip
+            fetch(compared, team.device)
+        evaluator = Evaluator(task, compared, folder, team.device, console)
+    missing = team.from_main(_begin(task, evaluator, folder, console) if team.is_main else None)
+    evaluator.run(missing[team.share(len(missing))])
     team.barrier()
 
 
-def _begin(request: dict[str, Any], judges: evaluate.Judges, folder: Folder, names: Sequence[str], console: Console) -> list:
+def _begin(task: dict[str, Any], evaluator: Evaluator, folder: Folder, console: Console) -> list[Part]:
     """Write down what will be done, only now that all could be loaded. -> the parts to do. Raises RequestError."""
-    request = {**request, "reward_files": judges.describe()}
+    task = {**task, "reward_files": evaluator.judges.describe()}
     folder.lock()
     before = folder.read_request()
     if before is None:
-        folder.begin(request)
-    elif before != json.loads(json.dumps(request)):  # the files of the rewards, or all, if another process began here meanwhile
+        folder.begin(task)
+    elif before != json.loads(json.dumps(task)):  # the files of the rewards, or all, if another process began here meanwhile
         raise RequestError(f"{folder.path}: the files of the rewards have changed since it was begun, or it was begun anew; choose another --out.")
-    at_once = _prompts_at_once(request)
-    missing = folder.missing(names, len(request["prompts"]), at_once)
-    images = len(request["prompts"]) * request["per_prompt"]
-    bases = sum(entry["base"] is None for entry in request["models"])
+    names, at_once = [model["name"] for model in task["models"]], prompts_at_once(task)
+    missing = folder.missing(names, len(task["prompts"]), at_once)
+    images = len(task["prompts"]) * task["per_prompt"]
+    bases = sum(entry["base"] is None for entry in task["models"])
     console.pairs([
         ("models", f"{bases} base, {len(names) - bases} to compare with it"),
-        ("prompts", f"{len(request['prompts'])} of {request['prompt_source']}, {request['per_prompt']} each: {images} images a model"),
-        ("rewards", ", ".join(request["rewards"])),
+        ("prompts", f"{len(task['prompts'])} of {task['prompt_source']}, {task['per_prompt']} each: {images} images a model"),
+        ("rewards", ", ".join(task["rewards"])),
         ("folder", f"{folder.path} (the same command with this --out goes on after an interruption)"),
     ], title=f"tdpo {__version__}: cross-evaluation")  # fmt: skip
-    total = len(names) * -(-len(request["prompts"]) // at_once)
+    total = len(names) * -(-len(task["prompts"]) // at_once)
     if len(missing) < total:
         console.say(f"{total - len(missing)} of {total} parts are there already; continuing.")
     return missing
@@ -168,7 +143,7 @@ def _begin(request: dict[str, Any], judges: evaluate.Judges, folder: Folder, nam
 def _complete_cards(compared: Sequence[Model], content: Mapping[str, Any], console: Console) -> None:
     """The table goes into the model card of every checkpoint of a run, too."""
     for model in compared:
-        if model.run is not None and (problem := model_card.add_cross_eval(Path(model.sampling.start_from), content, model.name)):
+        if model.run is not None and (problem := model_card.add_cross_eval(Path(model.sampling.checkpoint.weights), content, model.name)):
             console.warn(problem)
 
 

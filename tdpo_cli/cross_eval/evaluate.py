@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tdpo_cli import models
-from tdpo_cli.cross_eval.candidates import Model, hashes, network
-from tdpo_cli.cross_eval.cross_eval.folder import Folder, Part, write_json
+from tdpo_cli.console import Console
+from tdpo_cli.cross_eval.candidates import Model, hashes
+from tdpo_cli.cross_eval.folder import Folder, Part, write_json
 from tdpo_cli.errors import RequestError, WorkError, first_line
 from tdpo_cli.machine import memory
+from tdpo_cli.models import load
 from tdpo_cli.models.policy import Policy
 from tdpo_cli.overoptimisation import statistics
 from tdpo_cli.randomness import Randomness
@@ -67,41 +68,68 @@ class Judges:
         return {"scores": scores, "distances": statistics.pairwise_distance(embeds.unflatten(0, (-1, per_prompt)).numpy()).tolist()}
 
 
-def do(
-    parts: Sequence[Part], all_models: Sequence[Model], prompts: Sequence[str], per_prompt: int, seed: int, batch_size: int,
-    judges: Judges, folder: Folder, device: torch.device, advance: Callable[[int], None], warn: Callable[[str], None],
-) -> None:  # fmt: skip
-    """Write the images and the file of every part; a part's file is written last. Raises RequestError, WorkError."""
-    loaded, policy = None, None
-    for number, first, end in parts:
-        model = all_models[number]
-        with _out_of_memory(batch_size):
-            if loaded != number:
-                policy = None  # the one before makes room first
-                gc.collect()
-                policy = _load(model, device)
-                if loaded is None and (too_long := policy.longer_than_limit(prompts)):
-                    warn(f"{len(too_long)} prompts are longer than the text encoder reads; their ends are cut off, as of {too_long[0][:60]!r}...")
-                loaded = number
-            texts = [prompt for prompt in prompts[first:end] for _ in range(per_prompt)]
-            ids = range(first * per_prompt, end * per_prompt)
-            decode_chunk = memory.DECODED if device.type == "cuda" else None
-            batches = generate(policy, texts, ids, Randomness(seed, PURPOSE), model.sampling.guidance_scale, batch_size, advance, decode_chunk)
+class Evaluator:
+    """Does parts of an evaluation on one device: sample with one model at a time, score the images.
+
+    `task` is the content of request.json, `models` are its models.
+    """
+
+    def __init__(self, task: Mapping[str, Any], models: Sequence[Model], folder: Folder, device: torch.device, console: Console):
+        self.models, self.folder, self.device, self.console = models, folder, device, console
+        self.prompts, self.per_prompt = task["prompts"], task["per_prompt"]
+        self.randomness, self.batch_size = Randomness(task["seed"], PURPOSE), task["batch_size"]
+        self.judges = Judges(task["rewards"], self.per_prompt > 1, device, console.warn)
+        self._loaded: tuple[int, Policy] | None = None  # number of the model, and its policy
+
+    def run(self, parts: Sequence[Part]) -> None:
+        """Write the images and the file of every part; a part's file is written last. Raises RequestError, WorkError."""
+        steps = sum((end - first) * self.per_prompt * self.models[number].sampling.steps for number, first, end in parts)
+        with self.console.progress("sampling and scoring", steps) as advance:
+            for part in parts:
+                self._do(part, advance)
+
+    def _do(self, part: Part, advance: Callable[[int], None]) -> None:
+        number, first, end = part
+        model, texts = self.models[number], [prompt for prompt in self.prompts[first:end] for _ in range(self.per_prompt)]
+        with _out_of_memory(self.batch_size):
+            policy = self._policy(number)
+            ids = range(first * self.per_prompt, end * self.per_prompt)
+            decode_chunk = memory.DECODED if self.device.type == "cuda" else None
+            batches = generate(policy, texts, ids, self.randomness, model.sampling.guidance_scale, self.batch_size, advance, decode_chunk)
             pictures = [grid.to_pil(image) for batch in batches for image in batch]
             # scored as they are on disk, in 8 bits, so that anyone can score the files again
-            images = torch.stack([torch.from_numpy(np.array(picture)) for picture in pictures]).permute(0, 3, 1, 2).to(device).float() / 255
-            judged = judges.judge(images, texts, per_prompt, batch_size)
+            images = torch.stack([torch.from_numpy(np.array(picture)) for picture in pictures]).permute(0, 3, 1, 2).to(self.device).float() / 255
+            judged = self.judges.judge(images, texts, self.per_prompt, self.batch_size)
         for i, picture in enumerate(pictures):
-            with disk.whole(folder.path / "images" / model.name / image_name(first + i // per_prompt, i % per_prompt)) as aside:
+            name = image_name(first + i // self.per_prompt, i % self.per_prompt)
+            with disk.whole(self.folder.path / "images" / model.name / name) as aside:
                 picture.save(aside, format="PNG")
-        write_json(folder.part(model.name, first), judged)
+        write_json(self.folder.part(model.name, first), judged)
+
+    def _policy(self, number: int) -> Policy:
+        """Of that model; it replaces the one before."""
+        if self._loaded is None or self._loaded[0] != number:
+            is_first, self._loaded = self._loaded is None, None  # the one before makes room first
+            gc.collect()
+            policy = _load(self.models[number], self.device)
+            if is_first and (too_long := policy.longer_than_limit(self.prompts)):
+                self.console.warn(
+                    f"{len(too_long)} prompts are longer than the text encoder reads; their ends are cut off, as of {too_long[0][:60]!r}..."
+                )
+            self._loaded = number, policy
+        return self._loaded[1]
+
+
+def prompts_at_once(task: Mapping[str, Any]) -> int:
+    """Prompts of one part: fixed, so that neither processes nor interruptions change which images share a network call."""
+    return max(1, task["batch_size"] // task["per_prompt"])
 
 
 def fetch(all_models: Sequence[Model], device: torch.device) -> None:
     """Load every base once and let it go: what is missing or wrong shows before anything is written, and what is downloaded is so once."""
     for model in all_models:
-        if model.sampling.start_from is None:
-            models.load(network(model.sampling), device=device, trainable=False, negative_prompt=model.sampling.negative_prompt)
+        if model.sampling.checkpoint.weights is None:
+            load(model.sampling.checkpoint.section, device=device, trainable=False, negative_prompt=model.sampling.negative_prompt)
 
 
 def image_name(prompt: int, image: int) -> str:
@@ -110,12 +138,12 @@ def image_name(prompt: int, image: int) -> str:
 
 def _load(model: Model, device: torch.device) -> Policy:
     """Raises RequestError, also where the weights are gone or others than when the evaluation began."""
-    weights = model.sampling.start_from
+    weights = model.sampling.checkpoint.weights
     if weights is not None and not Path(weights).exists():
         raise RequestError(f"{weights} is gone (a run with run.keep_last removes old checkpoints); begin anew with another --out.")
     if hashes(weights) != model.sha256:
         raise RequestError(f"{weights} is not the checkpoint that this evaluation began with; begin anew with another --out.")
-    policy = models.load(network(model.sampling), device=device, trainable=False, negative_prompt=model.sampling.negative_prompt)
+    policy = load(model.sampling.checkpoint.section, device=device, trainable=False, negative_prompt=model.sampling.negative_prompt)
     policy.set_schedule(model.sampling.steps, model.sampling.eta)
     return policy
 

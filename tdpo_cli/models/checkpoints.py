@@ -8,10 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from tdpo_cli.config import preset as presets
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.preset import Model, Preset
 from tdpo_cli.errors import RequestError
 from tdpo_cli.models.lora_file import FILE as LORA_FILE
 from tdpo_cli.storage.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A base model and the weights on top of it."""
+
+    base: str  # a diffusers folder, a hub id or `sandbox`
+    revision: str | None  # of a hub id
+    dtype: str
+    weights: str | None  # a LoRA file, or a folder with a LoRA or a whole UNet; None is the base model itself
+
+    @property
+    def section(self) -> Model:
+        """The `model` section that `models.load` reads."""
+        return Model(base=self.base, revision=self.revision, start_from=self.weights, dtype=self.dtype)
 
 
 @dataclass(frozen=True)
@@ -20,6 +35,13 @@ class Source:
 
     preset: Preset  # model.base and model.start_from name the weights
     name: str  # for folder names and titles
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What to load; the path of the weights is absolute."""
+        model = self.preset.model
+        weights = None if model.start_from is None else str(Path(model.start_from).resolve())
+        return Checkpoint(model.base, model.revision, model.dtype, weights)
 
 
 def find(argument: str, preset: str | None, overrides: Sequence[tuple[str, Any]], epoch: int | None = None) -> Source:

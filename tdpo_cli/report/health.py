@@ -60,7 +60,7 @@ def critic(rows: Rows, all_rows: Rows, preset: Preset) -> str:
         )),
         line_chart(chart(rows, "Critic loss", "Mean of the epoch's optimizer steps.", [("critic_loss", "critic")], zero=True, **marked)),
     ]  # fmt: skip
-    lead = f"<p class=lead>{escape(_resets(preset, resets))}</p>" if preset.algorithm.name == "tdpo-r" and any(charts) else ""
+    lead = f"<p class=lead>{escape(_resets(preset, resets))}</p>" if preset.algorithm.facts.resets and any(charts) else ""
     return f"{lead}<div class=charts>{''.join(charts)}</div>" if any(charts) else ""
 
 

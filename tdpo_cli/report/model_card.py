@@ -16,8 +16,6 @@ from tdpo_cli.overoptimisation import verdict
 from tdpo_cli.storage import run_dir
 
 PROMPTS_SHOWN, PROMPT_LENGTH = 4, 120
-ZHANG = "[Zhang et al. 2024](https://arxiv.org/abs/2402.08552)"
-PAPERS = {"ddpo": "[Black et al. 2023](https://arxiv.org/abs/2305.13301)", "tdpo": ZHANG, "tdpo-r": ZHANG}
 BEGIN, END = "<!-- tdpo cross-eval: begin -->", "<!-- tdpo cross-eval: end -->"
 
 
@@ -121,9 +119,9 @@ def _settings(preset: Preset, prompts: Sequence[str]) -> list[tuple[str, str]]:
     algorithm, update, rollout = preset.algorithm, preset.update, preset.rollout
     some = ", ".join(f"`{_shortened(prompt)}`" for prompt in prompts[:PROMPTS_SHOWN])
     rates = f"{update.learning_rate:g}" + (f", critic {update.critic_learning_rate:g}" if preset.has_critic else "")
-    resets = f", {algorithm.reset_target} neurons reset every {algorithm.reset_every} epochs" if algorithm.name == "tdpo-r" else ""
+    resets = f", {algorithm.reset_target} neurons reset every {algorithm.reset_every} epochs" if algorithm.facts.resets else ""
     rows = [
-        ("algorithm", f"{algorithm.name} ({PAPERS[algorithm.name]}){resets}"),
+        ("algorithm", f"{algorithm.name} ({algorithm.facts.paper}){resets}"),
         ("prompts", f"{len(prompts)} of `{_short(rollout.prompts)}`, as {some}"),
         ("trained weights", f"LoRA of rank {preset.model.lora_rank} on the UNet's attention" if preset.model.lora_rank else "the whole UNet"),
         *([("started from", f"`{_short(preset.model.start_from)}`, which epoch 0 is")] if preset.model.start_from else []),

@@ -15,66 +15,58 @@ from tdpo_cli import models
 from tdpo_cli.console import Console
 from tdpo_cli.errors import RequestError
 from tdpo_cli.machine import memory, world
-from tdpo_cli.models import checkpoints
+from tdpo_cli.models.checkpoints import Source
 from tdpo_cli.randomness import Randomness
 from tdpo_cli.sampling import grid
 from tdpo_cli.sampling.generate import generate
+from tdpo_cli.sampling.request import SampleRequest
 from tdpo_cli.storage import disk
-from tdpo_cli.storage.run_dir import next_free
 
 GRID_IMAGES = 64  # a grid holds at most this many
 GRID_COLUMNS = 8
 
 
-def run(
-    checkpoint: str,
-    wanted: Sequence[str],
-    preset: str | None,
-    overrides: Sequence[tuple[str, Any]],
-    epoch: int | None,
-    out: Path | None,
-    per_prompt: int,
-    seed: int,
-    batch_size: int | None,
-    eta: float | None,
-    lora_scale: float,
-    device: str | None,
-    console: Console,
-) -> dict[str, Any]:
-    """Write `per_prompt` images of every prompt into `out`, each process its share. -> a summary for --json. Raises RequestError, WorkError."""
-    source = checkpoints.find(checkpoint, preset, overrides, epoch)
-    settings = source.preset.rollout
-    out = out or next_free(Path("samples"), source.name)
+def run(request: SampleRequest, console: Console) -> dict[str, Any]:
+    """Write the images, each process its share. -> a summary for --json. Raises RequestError, WorkError."""
+    source = request.source()
+    settings, out = source.preset.rollout, request.folder(source)
     if (out / "metadata.jsonl").exists():
         raise RequestError(f"{out} already holds samples; choose another --out.")
-    team = world.current(str(world.device(device)))
-    policy = models.load(source.preset.model, device=team.device, trainable=False, negative_prompt=settings.negative_prompt, lora_scale=lora_scale)
-    policy.set_schedule(settings.steps, settings.eta if eta is None else eta)
-    too_long = policy.longer_than_limit(wanted)
-    if too_long:
-        console.warn(f"{len(too_long)} prompts are longer than the text encoder reads; their ends are cut off, as of {too_long[0][:60]!r}...")
+    team = world.current(str(world.device(request.device)))
+    policy = _policy(request, source, team.device, console)
 
-    texts = [prompt for prompt in wanted for _ in range(per_prompt)]
+    texts = [prompt for prompt in request.prompts for _ in range(request.per_prompt)]
     digits = max(4, len(str(len(texts) - 1)))
     names = [f"{number:0{digits}d}-{_slug(text)}.png" for number, text in enumerate(texts)]
     free = torch.cuda.mem_get_info(team.device)[0] if team.device.type == "cuda" else None
-    batch_size = batch_size or memory.sample_batch(source.preset, free)
+    batch_size = request.batch_size or memory.sample_batch(source.preset, free)
     decode_chunk = memory.DECODED if team.device.type == "cuda" else None
     mine = team.mine(len(texts))
     disk.make(out)
     with console.progress("sampling", len(mine) * settings.steps) as advance:
         own = [texts[i] for i in mine]
-        batches = generate(policy, own, mine, Randomness(seed, "sample"), settings.guidance_scale, batch_size, advance, decode_chunk)
+        batches = generate(policy, own, mine, Randomness(request.seed, "sample"), settings.guidance_scale, batch_size, advance, decode_chunk)
         for number, image in zip(mine, (image for batch in batches for image in batch), strict=True):
             with disk.failures(out):
                 grid.to_pil(image).save(out / names[number])
     team.close()
     if team.is_main:
         with disk.failures(out):
-            _write_list(out, names, texts, seed, per_prompt)
-            _write_grid(out, names, texts, per_prompt, title=f"{source.name}, seed {seed}")
-    console.say(f"{len(texts)} images of {len(wanted)} prompts in {out} (grid.png shows {min(len(texts), GRID_IMAGES)})")
+            _write_list(out, names, texts, request.seed, request.per_prompt)
+            _write_grid(out, names, texts, request.per_prompt, title=f"{source.name}, seed {request.seed}")
+    console.say(f"{len(texts)} images of {len(request.prompts)} prompts in {out} (grid.png shows {min(len(texts), GRID_IMAGES)})")
     return {"out": str(out), "images": len(texts), "grid": str(out / "grid.png"), "source": source.name}
+
+
+def _policy(request: SampleRequest, source: Source, device: torch.device, console: Console) -> models.Policy:
+    settings = source.preset.rollout
+    options = {"negative_prompt": settings.negative_prompt, "lora_scale": request.lora_scale}
+    policy = models.load(source.preset.model, device=device, trainable=False, **options)
+    policy.set_schedule(settings.steps, settings.eta if request.eta is None else request.eta)
+    too_long = policy.longer_than_limit(request.prompts)
+    if too_long:
+        console.warn(f"{len(too_long)} prompts are longer than the text encoder reads; their ends are cut off, as of {too_long[0][:60]!r}...")
+    return policy
 
 
 def _write_list(out: Path, names: Sequence[str], texts: Sequence[str], seed: int, per_prompt: int) -> None:

@@ -16,41 +16,26 @@ from tdpo_cli.machine import world
 from tdpo_cli.rewards import scoring
 from tdpo_cli.score import captions, summary
 from tdpo_cli.score.captions import HOW, Item, listed
+from tdpo_cli.score.request import ScoreRequest
 from tdpo_cli.score.score_file import ScoreFile
-from tdpo_cli.score.workers import DTYPES, Team, Work, team
+from tdpo_cli.score.workers import Team, Work, team
 
-ALL = ("aesthetic", "pickscore", "hpsv2", "imagereward")
 BATCH_SIZE = {"cpu": 8, "cuda": 64}
 SHOWN_PROBLEMS = 20
 
 
-def run(
-    folder: Path,
-    wanted: str,
-    prompt: str | None,
-    prompts_file: Path | None,
-    variant: str,
-    given: Mapping[str, str],
-    zoo: str | None,
-    out: Path | None,
-    batch_size: int | None,
-    processes: int | None,
-    gpus: int | None,
-    device: str | None,
-    dtype: str,
-    console: Console,
-) -> dict[str, Any]:
-    """Score the images of `folder` into `out`. -> a summary for --json. Raises RequestError, WorkError."""
+def run(request: ScoreRequest, console: Console) -> dict[str, Any]:
+    """Score the images of a folder. -> a summary for --json. Raises RequestError, WorkError."""
     started = time.perf_counter()
-    names = reward_names(wanted)
-    _check(names, variant, given, zoo, dtype)
-    devices = _devices(processes, gpus, device)
-    items = captions.collect(folder, prompt, prompts_file)
-    _check_prompts(items, names, folder)
-    file = ScoreFile(out or _next_free(folder), names)
+    request.check_choices()
+    names, devices = request.names, _devices(request)
+    items = captions.collect(request.folder, request.prompt, request.prompts)
+    _check_prompts(items, names, request.folder)
+    file = ScoreFile(request.file, names)
     file.check_writable()
-    batch_size = batch_size or BATCH_SIZE.get(devices[0].partition(":")[0], 8)
-    work = Work(folder, names, scoring.checkpoints(zoo, given), variant, dtype, devices, batch_size)
+    batch_size = request.batch_size or BATCH_SIZE.get(devices[0].partition(":")[0], 8)
+    paths = scoring.checkpoints(request.zoo, request.checkpoints)
+    work = Work(request.folder, names, paths, request.variant, request.dtype, devices, batch_size)
 
     with team(work) as scorers:
         meta = _meta(work, items, scorers.ask("describe"))
@@ -89,30 +74,6 @@ def failure(report: Mapping[str, Any]) -> str | None:
 
 
 # --- the request --------------------------------------------------------------------------------------------------------
-def reward_names(wanted: str) -> tuple[str, ...]:
-    """`all`, or names with commas between them, each once. Raises RequestError."""
-    names: list[str] = []
-    for name in wanted.split(","):
-        names += ALL if name.strip() == "all" else [name.strip()] if name.strip() else []
-    if not names:
-        raise RequestError(f"--rewards {wanted!r}: no reward named; expected all, or some of {', '.join(rewards.names())}.")
-    for name in names:
-        rewards.check_name(name)
-    return tuple(dict.fromkeys(names))
-
-
-def _check(names: Sequence[str], variant: str, given: Mapping[str, str], zoo: str | None, dtype: str) -> None:
-    if variant not in rewards.VARIANTS:
-        raise RequestError(f"--variant {variant}: expected {' or '.join(rewards.VARIANTS)}.")
-    if dtype not in DTYPES:
-        raise RequestError(f"--dtype {dtype}: expected {', '.join(DTYPES)}.")
-    if zoo not in (None, "sandbox"):
-        raise RequestError(f"--zoo {zoo}: expected sandbox.")
-    for name in given:
-        if name not in names:
-            raise RequestError(f"--checkpoint {name}=...: {name} is not among --rewards {','.join(names)}.")
-
-
 def _check_prompts(items: Sequence[Item], names: Sequence[str], folder: Path) -> None:
     needing = [name for name in names if rewards.needs_prompt(name)]
     missing = captions.without_prompt(items, folder) if needing else []
@@ -125,8 +86,9 @@ def _check_prompts(items: Sequence[Item], names: Sequence[str], folder: Path) ->
         )
 
 
-def _devices(processes: int | None, gpus: int | None, device: str | None) -> tuple[str, ...]:
+def _devices(request: ScoreRequest) -> tuple[str, ...]:
     """One per process."""
+    processes, gpus, device = request.processes, request.gpus, request.device
     if gpus is not None and (processes is not None or device is not None):
         raise RequestError("--gpus excludes --processes and --device: it takes the first N GPUs, one process each.")
     if gpus is not None:
@@ -134,14 +96,6 @@ def _devices(processes: int | None, gpus: int | None, device: str | None) -> tup
     if processes is not None:
         return (str(world.device(device or "cpu")),) * processes
     return (str(world.device(device)),)
-
-
-def _next_free(folder: Path) -> Path:
-    """`scores/FOLDER-0001.jsonl`, counting up."""
-    number = 1
-    while (path := Path("scores", f"{folder.resolve().name}-{number:04d}.jsonl")).exists():
-        number += 1
-    return path
 
 
 # --- the work -----------------------------------------------------------------------------------------------------------

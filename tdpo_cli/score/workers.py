@@ -25,13 +25,14 @@ from tdpo_cli import rewards
 from tdpo_cli.errors import RequestError, WorkError
 from tdpo_cli.rewards import scoring
 from tdpo_cli.rewards.backbones import Backbones
+from tdpo_cli.score import request
 from tdpo_cli.score.captions import Item
 from tdpo_cli.score.images import UnreadableImage, read_ahead
 from tdpo_cli.score.score_file import Row
 
 PENDING_BYTES = 256e6  # of decoded images that wait for others of their size
 PIXELS_A_CALL = 16e6  # images of one call together: 200 MB as float32
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = dict(zip(request.DTYPES, (torch.float32, torch.float16, torch.bfloat16), strict=True))
 
 Problem = tuple[str, str]  # image, what is wrong
 

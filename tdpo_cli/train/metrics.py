@@ -156,7 +156,7 @@ def header(job: Job, out: Path, first_epoch: int) -> Sequence[tuple[str, str]]:
         ("plan", f"{job.plan}; about {size(memory.estimate(preset, world.size, job.plan, world.device.type == 'cuda'))} of memory"),
         ("run folder", f"{out}"),
     ]
-    if preset.algorithm.name == "tdpo-r":
+    if preset.algorithm.facts.resets:
         rows.insert(5, ("resets", reset))
     return rows
 

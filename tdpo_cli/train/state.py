@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tdpo_cli import algorithms, models
+from tdpo_cli.algorithms.base import Algorithm
 from tdpo_cli.algorithms.critic import Critic
 from tdpo_cli.config import prompts
 from tdpo_cli.config.preset import Preset
@@ -32,7 +33,7 @@ class Job:
     encoder: ImageEncoder | None
     critic: Critic | None
     optimizers: Optimizers
-    algorithm: algorithms.Algorithm
+    algorithm: Algorithm
     randomness: Randomness
     prompts: list[str]
     plan: memory.Plan

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdpo_cli import __version__, algorithms
+from tdpo_cli import __version__
+from tdpo_cli.algorithms.base import credit as credit_of
+from tdpo_cli.algorithms.base import usable
 from tdpo_cli.config.preset import Preset
 from tdpo_cli.console import Console
 from tdpo_cli.errors import RequestError, WorkError, first_line
@@ -145,7 +147,7 @@ def _epoch(job: Job, epoch: int, console: Console) -> dict[str, Any]:
         _report_faults(job, everyone, scores, console)
 
     with console.timed(seconds, "update"), console.progress(f"epoch {epoch}: updating", preset.updates_per_epoch) as advance:
-        credit = algorithms.credit(job.algorithm, everyone, scores[preset.reward.train])
+        credit = credit_of(job.algorithm, everyone, scores[preset.reward.train])
         steps, neurons = _inner_epochs(job, everyone, credit, _Watch(job, everyone, advance, console))
         job.algorithm.after_epoch(credit)
     seconds["total"] = time.perf_counter() - start
@@ -230,11 +232,11 @@ def _report_faults(job: Job, everyone: Trajectory, scores: dict[str, Tensor], co
         if bad:
             what = "optimizer steps with these samples are skipped" if name == train else "no mean of it in this epoch's row"
             faults.append(f"epoch {everyone.epoch}: reward {name} gave {len(bad)} non-finite scores, for {_named(bad)}; {what}.")
-    usable = algorithms.usable(everyone, scores[train])
-    broken = [prompt for prompt, fine, score in zip(everyone.prompts, usable, scores[train], strict=True) if score.isfinite() and not fine]
+    fine = usable(everyone, scores[train])
+    broken = [prompt for prompt, sound, score in zip(everyone.prompts, fine, scores[train], strict=True) if score.isfinite() and not sound]
     if broken:
         faults.append(f"epoch {everyone.epoch}: the networks gave non-finite log-probabilities or values for {_named(broken)}.")
-    if not usable.any():
+    if not fine.any():
         raise WorkError(f"{' '.join(faults)} No sample is left to train on. The last finished epoch is safe on disk.")
     for fault in faults if job.world.is_main else ():
         console.warn(fault)

@@ -1,4 +1,4 @@
-"""Which traces are replayed: those named with --traces, else the one kept in the project."""
+"""Which traces are replayed: those named with --traces, else the one kept in the project and a made-up one with dropout."""
 
 import sys
 from pathlib import Path
@@ -6,14 +6,28 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+MADE_UP = "made-up-with-dropout"
 
 
 def pytest_generate_tests(metafunc):
-    if "trace_folder" in metafunc.fixturenames:
+    if "trace_source" in metafunc.fixturenames:
         from recording import KEPT
 
-        folders = [Path(folder) for folder in metafunc.config.getoption("--traces")] or [KEPT]
-        metafunc.parametrize("trace_folder", folders, ids=lambda folder: folder.name, scope="session")
+        sources = [Path(folder) for folder in metafunc.config.getoption("--traces")] or [KEPT, MADE_UP]
+        metafunc.parametrize("trace_source", sources, ids=lambda source: Path(source).name, scope="session")
+
+
+@pytest.fixture(scope="session")
+def dropout_folder(tmp_path_factory):
+    """The made-up trace, written anew."""
+    import dropout
+
+    return dropout.write(tmp_path_factory.mktemp(MADE_UP))
+
+
+@pytest.fixture(scope="session")
+def trace_folder(trace_source, request):
+    return request.getfixturevalue("dropout_folder") if trace_source == MADE_UP else trace_source
 
 
 @pytest.fixture(scope="session")

@@ -186,7 +186,9 @@ class TraceRandomness:
     def step_permutations(self, epoch, inner, n, steps):
         return self.trace[f"e{epoch}/i{inner}/perms"]
 
-    def keep_masks(self, epoch, inner, step, rows, widths, drop):
+    def keep_masks(self, epoch, inner, step, rows, widths, drop, repeat=0):
+        if repeat:
+            raise ValueError("a trace has the masks of one critic step per batch: the official code takes no more")
         micro = slice(step * self.accumulation, (step + 1) * self.accumulation)
         masks = [self.trace[f"e{epoch}/i{inner}/mb/dropout_mask{layer}"][micro] for layer in range(len(widths))]
         return [mask.reshape(rows, -1).bool() for mask in masks]

@@ -14,10 +14,11 @@ PACKAGE = Path(tdpo_cli.__file__).parent
 # Rooms from the door down. An import may point to the same or a lower level, wherever in a file it stands.
 LEVELS = {
     "command line": ["cli", "__main__"],
-    "commands": ["train", "cross_eval", "score", "doctor"],
+    "commands": ["train", "cross_eval", "score", "export", "doctor"],
     "what commands share": ["report", "sampling"],
     "what is learnt from": ["overoptimisation", "algorithms", "models", "rewards"],
     "ground": ["machine", "storage", "config"],
+    "tables": ["tables"],
     "worlds": ["sandbox"],
     "words": ["types", "randomness", "console", "errors", "__init__"],
 }  # fmt: skip
@@ -25,6 +26,8 @@ SIBLINGS_APART = ["commands", "what is learnt from"]
 WITHOUT_TORCH = [
     "cli", "config", "errors", "console", "machine/memory.py", "machine/footprint.py", "machine/launch.py", "machine/signals.py", "storage",
 ]  # fmt: skip
+# their __init__.py is a table of what the room holds: it may be read from anywhere above, and imports what it names only on demand
+TABLES = ["algorithms", "models", "rewards"]
 DEVELOPERS_ONLY = ["sandbox/build.py", "sandbox/training"]  # not in the wheel: they build the sandbox with all the rest
 
 RANK = {room: rank for rank, rooms in enumerate(reversed(LEVELS.values())) for room in rooms}
@@ -42,7 +45,8 @@ def rooms():
     apart = {file for place in DEVELOPERS_ONLY for file in files_in(place)}
     found = {}
     for file in sorted(set(PACKAGE.rglob("*.py")) - apart):
-        found.setdefault(file.relative_to(PACKAGE).parts[0].removesuffix(".py"), []).append(file)
+        room = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        found.setdefault("tables" if file in {PACKAGE / table / "__init__.py" for table in TABLES} else room, []).append(file)
     return found
 
 
@@ -69,17 +73,22 @@ def _executed_on_import(node):
 
 
 def own(names):
-    """Those of our modules, as the table calls them."""
+    """Those of our rooms, as the table calls them."""
     for name in names:
         package, _, rest = name.partition(".")
-        if package == "tdpo_cli":
-            part = rest.partition(".")[0]
-            yield part if (PACKAGE / part).is_dir() or (PACKAGE / f"{part}.py").is_file() else "__init__"
+        if package != "tdpo_cli":
+            continue
+        room, inside = [*rest.split("."), "", ""][:2]
+        place = PACKAGE / room
+        if room in TABLES and not ((place / inside).is_dir() and inside or (place / f"{inside}.py").is_file()):
+            yield "tables"
+        else:
+            yield room if place.is_dir() or place.with_suffix(".py").is_file() else "__init__"
 
 
 ARROWS = sorted({
     (room, target)
-    for room, files in rooms().items() for file in files for target in own(imports(file))
+    for room, files in rooms().items() for file in files for target in own(imports(file, top_level_only=room == "tables"))
     if target != room and {room, target} <= set(RANK)
 })  # fmt: skip
 

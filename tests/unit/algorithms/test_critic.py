@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tolerances import same_output
 
 from tdpo_cli.algorithms.critic import DROPOUT, WIDTHS, Critic
 
@@ -27,7 +28,7 @@ def test_it_is_linear_the_product_of_its_matrices():
     critic, product = made(), torch.eye(6)
     for layer in critic.layers:
         product = layer.weight @ product
-    assert critic(embeds()).allclose(embeds() @ product[0], atol=1e-5)
+    assert same_output(critic(embeds()), embeds() @ product[0])
 
 
 def test_with_an_activation_it_is_that_of_every_layer_but_the_last():
@@ -37,7 +38,7 @@ def test_with_an_activation_it_is_that_of_every_layer_but_the_last():
     for i, layer in enumerate(critic.layers):
         x = x @ layer.weight.T + layer.bias
         x = x.clamp(min=0) if i < 4 else x
-    assert critic(embeds()).allclose(x[:, 0], atol=1e-6)
+    assert same_output(critic(embeds()), x[:, 0])
     assert not critic(embeds()).allclose(made()(embeds()), atol=1e-3)
     assert critic.state_dict().keys() == made().state_dict().keys()
 
@@ -50,7 +51,7 @@ def test_biases_enter_every_layer():
     x = embeds()
     for layer in critic.layers:
         x = x @ layer.weight.T + 1
-    assert critic(embeds()).allclose(x[:, 0], atol=1e-4)
+    assert same_output(critic(embeds()), x[:, 0])
 
 
 def test_default_init_std_is_one_over_width_plus_one():
@@ -83,7 +84,7 @@ def masks(rows, keep=True):
 def test_keeping_everything_scales_by_the_inverse_keep_rates():
     critic = made()
     assert DROPOUT == (0.2, 0.2, 0.1)
-    assert critic(embeds(), masks(5)).allclose(critic(embeds()) / (0.8 * 0.8 * 0.9), rtol=1e-5)
+    assert same_output(critic(embeds(), masks(5)), critic(embeds()) / (0.8 * 0.8 * 0.9))
 
 
 def test_a_dropped_neuron_is_as_good_as_a_removed_one():
@@ -92,7 +93,7 @@ def test_a_dropped_neuron_is_as_good_as_a_removed_one():
     with_mask = critic(embeds(), given)
     with torch.no_grad():
         critic.layers[2].weight[:, [3, 100]] = 0
-    assert with_mask.allclose(critic(embeds(), masks(5)), rtol=1e-5)
+    assert same_output(with_mask, critic(embeds(), masks(5)))
 
 
 def test_masks_belong_to_rows():

@@ -12,6 +12,7 @@ from functools import cache
 
 import pytest
 import torch
+from tolerances import assert_same_run, bound, log_prob_error
 
 from tdpo_cli import models
 from tdpo_cli.config import preset as presets
@@ -40,6 +41,7 @@ SMALL = {
     "run.epochs": 1, "run.preview_images": 0,
 }  # fmt: skip
 TWO = {"run.epochs": 2}  # for what only shows once something has been learnt
+SMOOTH = {"update.clip_range": 0.5, "update.clip_range_critic": 0.0}  # at a clip range the last bit decides a whole pair
 KL = TWO | {"algorithm.kl_penalty_coef": 1e4}  # log-probs are means, so a KL is small
 
 # key -> (settings that let it matter, values that each must give another run)
@@ -167,7 +169,7 @@ def weights(run, part="policy"):
 def test_the_base_run_really_trains():
     rows = run_with({})["rows"]
     assert rows[-1]["updates"] == 4 and rows[0]["skipped_steps"] == 0
-    assert rows[0]["ratio_drift"] == 0
+    assert rows[0]["ratio_drift"] <= 2 * log_prob_error(SMALL["rollout.steps"])
     assert any((p != 0).any() for name, p in weights(run_with({})).items() if "lora_B" in name)
 
 
@@ -216,15 +218,14 @@ def test_only_tdpo_r_resets():
 
 def test_guidance_off_while_training_moves_the_ratio():
     """The rollout is guided and the update is not, so old and new log-probs differ from the first step on."""
-    assert run_with({})["rows"][0]["ratio_drift"] == 0
-    assert run_with({"update.guidance": False})["rows"][0]["ratio_drift"] > 1e-4
+    rounding = 2 * log_prob_error(SMALL["rollout.steps"])
+    assert run_with({})["rows"][0]["ratio_drift"] <= rounding
+    assert run_with({"update.guidance": False})["rows"][0]["ratio_drift"] > 4 * rounding
 
 
 def test_micro_batch_never_changes_the_result():
-    one, many = start({}, micro_batch=1), start({}, micro_batch=8)
-    rows = [train._epoch(job, 0, Console(quiet=True)) for job in (one, many)]
-    for name in ("rewards/gold/mean", "policy_loss", "critic_loss", "policy_grad_norm"):
-        assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-4, abs=1e-6), name
+    one, many = start(SMOOTH, micro_batch=1), start(SMOOTH, micro_batch=8)
+    assert_same_run(*(train._epoch(job, 0, Console(quiet=True)) for job in (one, many)), one.preset)
 
 
 # --- options that are no part of the mathematics ------------------------------------------------------------------------
@@ -389,14 +390,13 @@ def optimizer(monkeypatch):
 
 def memory_limit(tmp_path):
     """run.memory_limit: a smaller plan, written down; the same result."""
-    preset = settings_of({"rollout.prompts": str(two_prompts())})
+    preset = settings_of({"rollout.prompts": str(two_prompts())} | SMOOTH)
     tight = memory.estimate(preset, 1, memory.CPU_LADDER[-1], gpu=False)
     train.run(presets.override(preset, [("run.memory_limit", str(tight))]), tmp_path / "tight", False, Console(quiet=True), "cpu")
     entry = json.loads((tmp_path / "tight" / "env.json").read_text())[0]
     assert entry["micro_batch"] == entry["plan"]["micro_batch"] == 1 and entry["memory_limit"] == str(tight)
-    row, roomy = json.loads((tmp_path / "tight" / "metrics.jsonl").read_text()), run_with({})["rows"][0]
-    for name in ("rewards/gold/mean", "policy_loss", "critic_loss", "policy_grad_norm"):
-        assert row[name] == pytest.approx(roomy[name], rel=1e-4, abs=1e-6), name
+    row, roomy = json.loads((tmp_path / "tight" / "metrics.jsonl").read_text()), run_with(SMOOTH)["rows"][0]
+    assert_same_run({name: row[name] for name in roomy}, roomy, preset)
 
 
 def compiled():
@@ -513,7 +513,7 @@ def with_scaler(scale: float):
 def test_the_scaler_changes_no_number():
     scaled, plain = with_scaler(2.0**10), start({"update.max_grad_norm": 1.0})
     rows = [train._epoch(job, 0, Console(quiet=True)) for job in (scaled, plain)]
-    assert rows[0]["policy_grad_norm"] == pytest.approx(rows[1]["policy_grad_norm"], rel=1e-4)
+    assert abs(rows[0]["policy_grad_norm"] - rows[1]["policy_grad_norm"]) <= bound("policy_grad_norm", rows[1], plain.preset)
     assert rows[0]["critic_grad_norm"] == rows[1]["critic_grad_norm"]  # the critic is never scaled
     assert rows[0]["overflowed_steps"] == rows[0]["skipped_steps"] == 0
 

@@ -16,12 +16,12 @@ import tiny
 from helpers import tdpo
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tdpo_cli.models.checkpoints import Checkpoint
 
 from tdpo_cli.config import prompts
 from tdpo_cli.console import Console
-from tdpo_cli.cross_eval import figure
+from tdpo_cli.cross_eval import figure, result, tables
 from tdpo_cli.cross_eval.candidates import Model, Sampling
-from tdpo_cli.cross_eval.cross_eval import result, tables
 from tdpo_cli.overoptimisation import statistics
 from tdpo_cli.report import cross_eval_page as page
 from tdpo_cli.storage.run_dir import damage
@@ -393,7 +393,7 @@ def test_the_default_folder_counts_up(run, place):
 # --- made-up scores -------------------------------------------------------------------------------------------------------
 def made_up(gold=0.0, missing=False, runs=("one", "two")):
     """A result of 12 prompts: per run three checkpoints; aesthetic rises throughout, the others fall after the second."""
-    sampling = Sampling("sandbox", None, "fp32", None, 2, 1.0, 1.0, "")
+    sampling = Sampling(Checkpoint("sandbox", None, "fp32", None), 2, 1.0, 1.0, "")
     models = [Model("base", None, None, None, None, None, None, 0, 0, sampling, {})]
     parts = {"base": [_part(0, 0, 0, 0)]}
     for run in runs:

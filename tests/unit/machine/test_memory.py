@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import make_preset, tdpo
+from tolerances import same_output
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -213,4 +214,4 @@ def test_gradients_are_the_same_with_checkpointing():
         x, k = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 2])
         policy.transition(x, k, policy.encode(["a", "b"]), torch.tensor([0, 1]), 3.0).log_prob(x).sum().backward()
         grads.append(torch.cat([parameter.grad.flatten() for parameter in policy.trainable.values()]))
-    assert grads[0].abs().max() > 0 and torch.allclose(*grads, rtol=1e-5, atol=1e-9)
+    assert grads[0].abs().max() > 0 and same_output(*grads)

@@ -14,7 +14,8 @@ import torch
 from helpers import tdpo
 from PIL import Image, PngImagePlugin
 
-from tdpo_cli.score import images, score
+from tdpo_cli.score import images
+from tdpo_cli.score.request import ALL
 
 FUNCTIONS = """
 import os, time, torch
@@ -112,8 +113,8 @@ def test_all_four_rewards_of_the_sandbox(folder, tmp_path):
     out = tmp_path / "s.jsonl"
     result = tdpo("score", folder, "--rewards", "all", "--zoo", "sandbox", "--prompt", "a red circle on a blue background", "--out", out)
     assert result.status == 0, result.err
-    assert list(rows_of(out)[0]) == ["image", "prompt", *score.ALL]
-    assert all(isinstance(row[name], float) for row in rows_of(out) for name in score.ALL)
+    assert list(rows_of(out)[0]) == ["image", "prompt", *ALL]
+    assert all(isinstance(row[name], float) for row in rows_of(out) for name in ALL)
 
 
 def test_half_precision_prints_its_difference(folder, tmp_path):

@@ -12,6 +12,7 @@ from helpers import tdpo
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tolerances import log_prob_error
 
 from tdpo_cli.config import preset as presets
 from tdpo_cli.randomness import Randomness
@@ -144,7 +145,7 @@ def test_what_does_not_apply_is_null_and_nothing_else_is(straight):
 
 
 def test_the_first_optimizer_step_finds_the_rollouts_log_probs_again(straight):
-    assert max(row["ratio_drift"] for row in tiny.rows(straight)) < 1e-5
+    assert max(row["ratio_drift"] for row in tiny.rows(straight)) <= 2 * log_prob_error(tiny.SETTINGS["rollout"]["steps"])
 
 
 def test_resets_happen_in_the_second_epoch_only(straight):
@@ -208,7 +209,9 @@ def test_tdpo_equals_tdpo_r_until_the_first_reset(train, straight):
 def test_a_reference_gives_the_mean_kl_and_changes_nothing_else(train, straight):
     run = train("reference", "--set", "algorithm.reference=true")
     logged = [row["mean_kl"] for row in tiny.rows(run)]
-    assert logged[0] == pytest.approx(0, abs=1e-5) and abs(logged[1]) > 1e-4
+    steps = tiny.SETTINGS["rollout"]["steps"]
+    rounding = 2 * steps * log_prob_error(steps)  # of a sum over the steps of two log-probs' difference
+    assert abs(logged[0]) <= rounding < abs(logged[1])
     assert same(weights(run), weights(straight))
 
 

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from helpers import LinearPolicy, make_preset, make_trajectory
+from tolerances import EPS, same_output
 
 from tdpo_cli.algorithms.critic import Critic
 from tdpo_cli.errors import WorkError
@@ -75,6 +76,9 @@ def test_total_loss_weighs_the_critic():
     assert total_loss(torch.tensor(2.0), None, 0.5).item() == 2.0
 
 
+ROUNDING = 16 * EPS  # of two log-probs of the linear policy: a few operations on numbers of size 1 to 4
+
+
 # --- the pass -----------------------------------------------------------------------------------------------------------
 class Setup:
     """6 samples of 3 steps, credit from seeded numbers, everything an update needs."""
@@ -112,10 +116,10 @@ class Setup:
 
 def test_ratio_drift_is_zero_at_the_first_step_and_not_later():
     steps = Setup().run()
-    assert steps[0].log_ratios.abs().max() == 0
+    assert steps[0].log_ratios.abs().max() <= ROUNDING
     # the second slot is scored under moved weights
     assert steps[-1].log_ratios.abs().max() > 1e-4
-    assert summarise(steps, World())["ratio_drift"] == 0
+    assert summarise(steps, World())["ratio_drift"] <= ROUNDING
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 3, 64])
@@ -182,14 +186,14 @@ def test_training_without_guidance_ignores_the_rollouts():
     on = Setup(rollout__guidance_scale=5.0)
     off = Setup(rollout__guidance_scale=5.0, update__guidance=False)
     # the trajectory was made without guidance, so only `off` finds its own log-probs again
-    assert off.run()[0].log_ratios.abs().max() == 0
+    assert off.run()[0].log_ratios.abs().max() <= ROUNDING
     assert on.run()[0].log_ratios.abs().max() > 1e-3
 
 
 def test_dropout_can_be_switched_off():
     setup = Setup(algorithm__critic_dropout=False)
     expected = setup.critic(setup.everyone.image_embeds[:3, 0])
-    assert setup.run()[0].values.allclose(expected, atol=1e-7)
+    assert same_output(setup.run()[0].values, expected)
     assert not Setup().run()[0].values.allclose(expected, atol=1e-4)
 
 
@@ -200,7 +204,9 @@ def test_more_critic_steps_move_the_critic_alone():
         assert len(runs[count].run()) == 1
     by_hand = Setup(algorithm__critic_dropout=False, update__batch_size=6, update__timestep_fraction=0.4)
     by_hand.run()
-    embeds, returns, old = by_hand.everyone.image_embeds[:, 0], by_hand.credit.returns[:, 0], by_hand.everyone.values[:, 0]
+    # gathered as the update does, so that the products are the same to the last bit: Adam would turn it into a step of an element near 0
+    embeds = by_hand.everyone.image_embeds[torch.arange(6), torch.zeros(6, dtype=torch.int64)]
+    returns, old = by_hand.credit.returns[:, 0], by_hand.everyone.values[:, 0]
     by_hand.optimizers.critic.zero_grad()
     critic_loss(by_hand.critic(embeds), old, returns, by_hand.preset.update.clip_range_critic)[0].mean().backward()
     torch.nn.utils.clip_grad_norm_(by_hand.critic.parameters(), by_hand.preset.update.max_grad_norm)

@@ -11,27 +11,26 @@ from safetensors.torch import save_file
 from tdpo_cli import __version__
 from tdpo_cli.console import Console
 from tdpo_cli.errors import RequestError
-from tdpo_cli.models import checkpoints, kohya, lora_file
+from tdpo_cli.export.request import FORMATS, ExportRequest
+from tdpo_cli.models import kohya, lora_file
 from tdpo_cli.storage import disk
 from tdpo_cli.storage.run_dir import RunDir
 
-FORMATS = ("kohya",)
 
-
-def run(checkpoint: str, format_: str, out: Path | None, epoch: int | None, console: Console) -> dict[str, Any]:
+def run(request: ExportRequest, console: Console) -> dict[str, Any]:
     """Write the checkpoint's LoRA as one file for ComfyUI, A1111 and their kin. -> a summary for --json. Raises RequestError, WorkError."""
-    if format_ not in FORMATS:
-        raise RequestError(f"--format {format_}: unknown format. Known: {', '.join(FORMATS)}.")
-    source = checkpoints.find(checkpoint, None, [], epoch)
+    if request.format not in FORMATS:
+        raise RequestError(f"--format {request.format}: unknown format. Known: {', '.join(FORMATS)}.")
+    source = request.source()
     if source.preset.model.start_from is None:
-        raise RequestError(f"{checkpoint}: no LoRA there to export, but a whole model.")
+        raise RequestError(f"{request.checkpoint}: no LoRA there to export, but a whole model.")
     folder = Path(source.preset.model.start_from)
     if source.preset.model.lora_rank == 0 and (folder / "unet").is_dir():
         raise RequestError(
             f"{folder}: a whole UNet was trained, and kohya's format holds LoRAs. diffusers reads {folder / 'unet'} as it is; for ComfyUI and "
             "A1111 save it inside its pipeline and convert that with diffusers' scripts/convert_diffusers_to_original_stable_diffusion.py."
         )
-    out = out or Path(f"{source.name}-kohya.safetensors")
+    out = request.file(source)
     if out.suffix != ".safetensors":
         raise RequestError(f"--out {out}: expected a file that ends in .safetensors.")
     if out.exists():
@@ -48,7 +47,7 @@ def run(checkpoint: str, format_: str, out: Path | None, epoch: int | None, cons
         save_file(converted, aside, metadata=metadata)
     rank = kohya.rank_of(state)
     console.say(f"{source.name}: {len(state) // 2} layers of rank {rank}, alpha {rank}, in {out}")
-    return {"out": str(out), "format": format_, "source": source.name, "layers": len(state) // 2, "rank": rank, "alpha": float(rank)}
+    return {"out": str(out), "format": request.format, "source": source.name, "layers": len(state) // 2, "rank": rank, "alpha": float(rank)}
 
 
 def _training(folder: Path) -> dict[str, str]:

@@ -1,0 +1,59 @@
+"""What every algorithm offers, and credit for epochs in which some numbers are not finite."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tdpo_cli.algorithms.critic import Critic
+from tdpo_cli.randomness import Randomness
+from tdpo_cli.types import Credit, ShufflePlan, Trajectory
+
+
+class Algorithm(Protocol):
+    """`everyone` holds all samples of the epoch, ordered by sample id; the mathematics is single-process."""
+
+    def credit(self, everyone: Trajectory, rewards: Tensor) -> Credit: ...
+    def after_inner_epoch(
+        self, critic: Critic | None, optimizer: torch.optim.Optimizer | None, everyone: Trajectory,
+        plan: ShufflePlan, inner: int, randomness: Randomness,
+    ) -> dict[str, Any]: ...  # fmt: skip
+    def after_epoch(self, credit: Credit) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def credit(algorithm: Algorithm, everyone: Trajectory, rewards: Tensor) -> Credit:
+    """`algorithm.credit` of the samples whose numbers are all finite; the others get NaN and touch no statistics.
+
+    NaN credit makes the loss of exactly those optimizer steps NaN that hold such a sample, and the update skips them.
+    """
+    fine = usable(everyone, rewards)
+    if fine.all():
+        return algorithm.credit(everyone, rewards)
+    rows = fine.nonzero().flatten()
+    part = lambda tensor: None if tensor is None else tensor[rows.to(tensor.device)]
+    some = replace(
+        everyone, prompts=tuple(everyone.prompts[i] for i in rows), prompt_keys=tuple(everyone.prompt_keys[i] for i in rows),
+        log_probs=part(everyone.log_probs), ref_log_probs=part(everyone.ref_log_probs), values=part(everyone.values),
+    )  # fmt: skip
+    known = algorithm.credit(some, rewards[rows])
+
+    def spread(values: Tensor) -> Tensor:
+        whole = torch.full((len(fine), *values.shape[1:]), float("nan"), dtype=values.dtype)
+        whole[rows] = values
+        return whole
+
+    return Credit(spread(known.advantages), spread(known.returns), spread(known.normed_rewards), known.mean_kl)
+
+
+def usable(everyone: Trajectory, rewards: Tensor) -> Tensor:
+    """Which samples have a finite reward, log-probabilities and values. -> [N] bool"""
+    fine = rewards.cpu().isfinite()
+    for steps in (everyone.log_probs, everyone.ref_log_probs, everyone.values):
+        if steps is not None:
+            fine = fine & steps.isfinite().all(dim=1).cpu()
+    return fine

@@ -1,0 +1,1 @@
+"""`tdpo export`: a checkpoint in the format of another program."""

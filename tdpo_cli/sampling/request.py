@@ -1,0 +1,42 @@
+"""What `tdpo sample` is asked to do. Without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tdpo_cli.models import checkpoints
+from tdpo_cli.models.checkpoints import Source
+from tdpo_cli.storage.run_dir import next_free
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """Images of prompts from one model."""
+
+    checkpoint: str  # a checkpoint, a run, LoRA weights, a model or `base`, as given
+    prompts: Sequence[str]  # the texts
+    preset: str | None = None  # base model and sampling settings; None: the run's own, else quickstart's
+    overrides: Sequence[tuple[str, Any]] = ()  # ("section.key", value), on top of the preset
+    epoch: int | None = None  # of a run folder; None: the last
+    out: Path | None = None  # folder for the images; None: a new samples/NAME-0001
+    per_prompt: int = 1  # images
+    seed: int = 0  # of the noise
+    batch_size: int | None = None  # images per network call; None: from memory
+    eta: float | None = None  # DDIM noise; None: the preset's
+    lora_scale: float = 1.0  # strength of the LoRA; 0 is the base model
+    device: str | None = None  # None: a GPU where there is one
+
+    @property
+    def images(self) -> int:
+        return len(self.prompts) * self.per_prompt
+
+    def source(self) -> Source:
+        """The weights and the settings to sample them with. Raises RequestError."""
+        return checkpoints.find(self.checkpoint, self.preset, self.overrides, self.epoch)
+
+    def folder(self, source: Source) -> Path:
+        """Where the images go."""
+        return self.out or next_free(Path("samples"), source.name)

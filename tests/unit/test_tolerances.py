@@ -1,0 +1,123 @@
+"""Facts about the bounds of tests/tolerances.py: rounding of the assumed size is within, real mistakes are not."""
+
+import dataclasses
+
+import pytest
+import torch
+from helpers import make_preset
+from tolerances import PREDICTION, errors
+
+from tdpo_cli.console import Console
+from tdpo_cli.machine import memory
+from tdpo_cli.machine.world import World
+from tdpo_cli.randomness import Randomness
+from tdpo_cli.train import train
+from tdpo_cli.train import update as updates
+from tdpo_cli.train.state import build
+
+PRESET = make_preset(
+    model__base="sandbox", model__lora_rank=4, model__dtype="fp32", rollout__prompts="sandbox", rollout__samples_per_epoch=16, rollout__steps=10,
+    rollout__guidance_scale=3.0, reward__train="aesthetic", reward__watch=["gold"], reward__zoo="sandbox", algorithm__critic_init_std=0.11,
+    algorithm__reset_every=2, algorithm__reset_target="all", update__batch_size=8, update__learning_rate=1.5e-3, update__critic_learning_rate=1e-3,
+    update__max_grad_norm=3e-3, update__clip_range=0.5, update__clip_range_critic=0.0, run__preview_images=0,
+)  # fmt: skip
+
+
+def rows(epochs, change=lambda job: None, preset=PRESET):
+    torch.manual_seed(0)
+    job = build(preset, World(), memory.Plan.of(8))
+    change(job)
+    return [train._epoch(job, epoch, Console(quiet=True)) for epoch in range(epochs)]
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return rows(3)
+
+
+def noise(seed):
+    """Relative noise of the assumed size in everything the network predicts."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def change(job):
+        predict = job.policy.predict
+
+        def noisy(*arguments, **more):
+            prediction = predict(*arguments, **more)
+            return prediction * (1 + PREDICTION * torch.randn(prediction.shape, generator=draw))
+
+        job.policy.predict = noisy
+
+    return change
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_rounding_of_the_assumed_size_is_within_the_bounds(reference, seed):
+    for one, other in zip(reference, rows(3, noise(seed)), strict=True):
+        found = errors(one, other, PRESET)
+        print({name: round(error, 3) for name, error in found.items() if error})
+        assert max(found.values()) <= 1, f"epoch {one['epoch']}: {found}"
+
+
+def shuffled(patch):
+    order = Randomness.permutation
+    patch.setattr(Randomness, "permutation", lambda self, epoch, inner, n: order(self, epoch, inner, n).flip(0))
+
+
+def left_out(patch):
+    backward = updates._policy_backward
+
+    def without_the_last_two(policy, optimizers, everyone, credit, samples, ks, *others):
+        return backward(policy, optimizers, everyone, credit, samples[:-2], ks[:-2], *others)
+
+    patch.setattr(updates, "_policy_backward", without_the_last_two)
+
+
+def scaled(name):
+    def mutate(patch):
+        loss = getattr(updates, name)
+
+        def one_percent_more(*arguments):
+            losses, clipped = loss(*arguments)
+            return losses * 1.01, clipped
+
+        patch.setattr(updates, name, one_percent_more)
+
+    return mutate
+
+
+def advantages(patch):
+    from tdpo_cli.algorithms.tdpo import TDPO
+
+    credit = TDPO.credit
+
+    def shifted(self, everyone, rewards):
+        found = credit(self, everyone, rewards)
+        return dataclasses.replace(found, advantages=found.advantages.roll(1, 0))
+
+    patch.setattr(TDPO, "credit", shifted)
+
+
+MISTAKES = {
+    "another order": shuffled, "a micro-batch left out": left_out, "1 % in the policy's loss": scaled("policy_loss"),
+    "1 % in the critic's loss": scaled("critic_loss"), "another sample's advantages": advantages,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_beyond_the_bounds(reference, monkeypatch, name):
+    MISTAKES[name](monkeypatch)
+    found = errors(reference[0], rows(1)[0], PRESET)
+    print({column: round(error, 2) for column, error in found.items() if error > 1})
+    assert max(found.values()) > 2
+
+
+def test_a_state_lost_between_epochs_is_beyond_the_bounds(reference):
+    """What a resume may get wrong: the optimizers' moments."""
+    torch.manual_seed(0)
+    job = build(PRESET, World(), memory.Plan.of(8))
+    train._epoch(job, 0, Console(quiet=True))
+    job.optimizers.policy.state.clear()
+    found = errors(reference[1], train._epoch(job, 1, Console(quiet=True)), PRESET)
+    print({column: round(error, 2) for column, error in found.items() if error > 1})
+    assert max(found.values()) > 2

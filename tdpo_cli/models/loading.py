@@ -62,7 +62,7 @@ def load(
         if model.start_from and not holds_network(model, family.component):
             adapter.load(family, Path(model.start_from))
             if lora_scale != 1.0:
-                adapter.set_scale(family.network, lora_scale)
+                adapter.set_scale(family, lora_scale)
     return Policy(family, part, negative_prompt)
 
 
@@ -99,15 +99,19 @@ def _trained_part(family: Family, model: Model, dtype: torch.dtype, keep_referen
         raise RequestError(f"{model.start_from} holds a LoRA of rank {rank}, the preset trains the whole {called}. Use --set model.lora_rank={rank}.")
     if model.lora_rank == 0:
         return adapter.WholeNetwork(family.network, keep_reference, dtype)
+    targets = model.lora_targets or family.lora_targets
+    new = (family.network, model.lora_rank, targets, randomness.initial_weights("lora"), model.lora_alpha)
     if model.start_from is None:
-        return adapter.attach(family.network, model.lora_rank, family.lora_targets, randomness.initial_weights("lora"))
-    rank = adapter.load(family, Path(model.start_from))
-    if rank != model.lora_rank:
-        raise RequestError(f"{model.start_from} has LoRA rank {rank}, the preset says {model.lora_rank}. Use --set model.lora_rank={rank}.")
-    loaded = adapter.LoRA(family.network)
-    for parameter in loaded.trainable.values():
-        parameter.requires_grad_(True)
-    return loaded
+        return adapter.attach(*new)
+    texts = lora_file.text_encoder_keys(Path(model.start_from))
+    if texts and model.text_lora == "refuse":
+        raise RequestError(
+            f"{model.start_from} has {len(texts)} weights of text encoders ({texts[0]}, ...), which do not train. Keep them as a frozen part of the "
+            "base with --set model.text_lora=fuse, or give a LoRA without them."
+        )
+    adapter.load(family, Path(model.start_from), adapter.START)
+    adapter.attach(*new, name=adapter.BESIDE)
+    return adapter.LoRABeside(family.network)
 
 
 # --- parts of a model -----------------------------------------------------------------------------------------------------

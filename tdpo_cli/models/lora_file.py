@@ -46,6 +46,32 @@ def check(file: Path) -> None:
         raise RequestError(f"{file}: damaged, not a readable safetensors file ({error}). Copy or download it again.") from None
 
 
+# what marks a file of another method, and its name
+OTHER_KINDS = {
+    "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_w": "LoHa", "lokr_w": "LoKr", "oft_": "OFT", "boft_": "BOFT", "lora_mid": "LoCon with a "
+    "middle matrix", "glora": "GLoRA",
+}  # fmt: skip
+
+
+def check_kind(file: Path) -> None:
+    """RequestError for a damaged file, and for adapters that are no LoRA: they would load in part, or as something else."""
+    check(file)
+    with safe_open(file, framework="pt") as opened:
+        names = list(opened.keys())
+    for mark, kind in OTHER_KINDS.items():
+        found = next((name for name in names if mark in name), None)
+        if found is not None:
+            raise RequestError(f"{file}: a {kind} adapter ({found}). Only LoRA is supported: merge it into a model folder, or give a LoRA.")
+
+
+def text_encoder_keys(path: Path) -> list[str]:
+    """The names of a file's tensors that belong to a text encoder. Raises RequestError."""
+    file = find(path)
+    check(file)
+    with safe_open(file, framework="pt") as opened:
+        return sorted(name for name in opened.keys() if name.startswith(("text_encoder", "lora_te")))
+
+
 def rank_of(path: Path) -> int:
     """The rank of the adapter in a file. Raises RequestError."""
     down = [tensor for name, tensor in read(path).items() if ".lora_A." in name or "lora_down" in name or ".lora.down." in name]

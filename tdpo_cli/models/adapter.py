@@ -38,8 +38,8 @@ class Adapter(Protocol):
 
     def save(self, family: Family, folder: Path) -> None: ...
 
-    def takes_over(self, family: Family, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The saved weights `state` under today's names."""
+    def recognise(self, family: Family, state: dict[str, Tensor]) -> None:
+        """Go on as the version did that saved the weights `state`, which are loaded next."""
 
 
 class Frozen:
@@ -54,8 +54,8 @@ class Frozen:
     def save(self, family: Family, folder: Path) -> None:
         raise AssertionError("a policy that does not train has nothing to save")
 
-    def takes_over(self, family: Family, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return state
+    def recognise(self, family: Family, state: dict[str, Tensor]) -> None:
+        """Versions do not differ."""
 
 
 class LoRA:
@@ -71,9 +71,8 @@ class LoRA:
         """Write the file that diffusers' `load_lora_weights(folder)` reads, with rank and alpha in its metadata."""
         _save(family, folder, {family.component: own_part(family.network, self.name)})
 
-    def takes_over(self, family: Family, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`state` of an earlier version under today's names."""
-        return state
+    def recognise(self, family: Family, state: dict[str, Tensor]) -> None:
+        """Versions do not differ."""
 
 
 class LoRABeside(LoRA):
@@ -106,13 +105,12 @@ class LoRABeside(LoRA):
                 parts[name] = own_part(encoder, START)
         _save(family, folder, parts)
 
-    def takes_over(self, family: Family, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`state` under today's names. In 0.1 the loaded weights themselves trained and the reference was the base model: so it stays."""
-        if not any(f".{ADAPTER}." in name for name in state):
-            return state
-        self.reference = ()
-        activate(family.network, (BESIDE,))
-        return {name.replace(f".{ADAPTER}.", f".{BESIDE}."): tensor for name, tensor in state.items()}
+    def recognise(self, family: Family, state: dict[str, Tensor]) -> None:
+        """In 0.1 the loaded weights themselves trained, under another name, and the reference was the base model: so it stays."""
+        if any(f".{ADAPTER}." in name for name in state):
+            self.reference = ()
+            activate(family.network, (BESIDE,))
+            self.trainable = {name.replace(f".{BESIDE}.", f".{ADAPTER}."): parameter for name, parameter in self.trainable.items()}
 
 
 class WholeNetwork:
@@ -140,8 +138,8 @@ class WholeNetwork:
         """Write the whole network as `unet/` or `transformer/`."""
         family.network.save_pretrained(folder / family.component)
 
-    def takes_over(self, family: Family, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return state
+    def recognise(self, family: Family, state: dict[str, Tensor]) -> None:
+        """Versions do not differ."""
 
 
 @contextlib.contextmanager

@@ -50,7 +50,8 @@ def reference_gradient(bench: Bench, trajectory: Trajectory, credit: Credit, pla
     samples, steps = next(plan.optimizer_steps(bench.preset.update.batch_size, False))
     for sample, k in zip(samples.split(1), steps.split(1), strict=True):
         x_t, x_next = trajectory.latents[sample, k].to(bench.device), trajectory.latents[sample, k + 1].to(bench.device)
-        step, embeds = k.to(bench.device), trajectory.prompt_embeds[sample.to(trajectory.prompt_embeds.device)]
+        rows = trajectory.text_rows[sample.to(trajectory.text_rows.device)]
+        step, embeds = k.to(bench.device), trajectory.texts[rows].parts["embeds"]
         prediction = predict(bench, x_t, step, embeds, bench.preset.rollout.guidance_scale, unet)
         density = log_prob(x_next.to(dtype), *schedule.step(prediction, x_t, step, True, dtype))
         ratio = (density - density.detach()).exp()

@@ -12,16 +12,15 @@ from tdpo_cli.algorithms.base import credit as credit_of
 from tdpo_cli.machine.memory import Plan
 from tdpo_cli.machine.world import World
 from tdpo_cli.randomness import shuffle_plan, unshuffled
-from tdpo_cli.train.rollout import rollout
-from tdpo_cli.train.update import Observer, make_optimizers, update
+from tdpo_cli.train.rollout import Actor
+from tdpo_cli.train.state import make_optimizers
+from tdpo_cli.train.update import Learner, Observer
 from tdpo_cli.types import Credit, ShufflePlan, Trajectory
 
 
 def sample(bench: Bench, plan: Plan, epoch: int = 0) -> Trajectory:
-    return rollout(
-        bench.policy, bench.critic, bench.encoder, bench.randomness, bench.prompts, epoch, range(bench.size.samples),
-        bench.preset.rollout.guidance_scale, False, plan.sample_batch, decode_chunk=plan.decode_chunk, offload=plan.offload,
-    )  # fmt: skip
+    actor = Actor(bench.policy, bench.critic, bench.encoder, bench.randomness, bench.preset, plan)
+    return actor.rollout(actor.draw(epoch, bench.prompts), range(bench.size.samples))
 
 
 @torch.no_grad()
@@ -49,11 +48,10 @@ class _First(Observer):
 
 def train(bench: Bench, plan: Plan, trajectory: Trajectory, credit_: Credit, shuffled: ShufflePlan) -> Trained:
     watch = _First(bench)
-    steps = update(
-        bench.policy, bench.critic, make_optimizers(bench.policy, bench.critic, bench.preset), trajectory, credit_, shuffled, bench.preset,
-        bench.randomness, 0, plan.micro_batch, World(device=bench.device), watch,
-    )  # fmt: skip
-    return Trained(len(steps), watch.gradient, steps[0].log_ratios.abs().max().item())
+    optimizers = make_optimizers(bench.policy, bench.critic, bench.preset)
+    learner = Learner(bench.policy, bench.critic, optimizers, bench.preset, bench.randomness, plan, World(device=bench.device))
+    steps = learner.inner_epoch(trajectory, credit_, shuffled, 0, watch)
+    return Trained(len(steps), watch.gradient, steps[0].policy.log_ratios.abs().max().item())
 
 
 # --- nothing but the networks -----------------------------------------------------------------------------------------
@@ -68,7 +66,7 @@ class Bare:
         rows = max(plan.sample_batch, min(plan.micro_batch, bench.size.batch)) * self.guided
         self.x = make(rows, *bench.policy.latent_shape, dtype=unet.dtype)
         self.t = torch.full((rows,), 500, device=bench.device)
-        self.text = bench.policy.encode(["a"]).to(unet.dtype).expand(rows, -1, -1).contiguous()
+        self.text = bench.policy.encode(["a"]).parts["embeds"][:1].to(unet.dtype).expand(rows, -1, -1).contiguous()
         self.z = make(plan.decode_chunk, *bench.policy.latent_shape, dtype=vae.dtype)
         side = bench.encoder.image_size
         self.pixels = make(plan.decode_chunk, 3, side, side)

@@ -19,8 +19,8 @@ from setup import Bench
 from torch import Tensor
 
 from tdpo_cli.algorithms.critic import DROPOUT, WIDTHS
-from tdpo_cli.train.update import critic_loss, policy_loss
-from tdpo_cli.types import Credit, ShufflePlan, Trajectory
+from tdpo_cli.train.losses import critic_loss, policy_loss
+from tdpo_cli.types import Conditioning, Credit, ShufflePlan, Trajectory
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def sample(bench: Bench, ways: Ways, epoch: int = 0) -> Trajectory:
     latents, log_probs, embeds_seen, images, texts = [], [], [], [], []
     for start in range(0, count, ways.sample_batch):
         ids = range(start, min(start + ways.sample_batch, count))
-        embeds = bench.policy.encode([drawn[i] for i in ids])
+        embeds = bench.policy.encode([drawn[i] for i in ids]).parts["embeds"][:-1]
         x = bench.randomness.initial_latents(epoch, ids, bench.policy.latent_shape).to(bench.device)
         states, densities, seen = [x], [], []
         for step in range(bench.size.steps):
@@ -134,8 +134,8 @@ def sample(bench: Bench, ways: Ways, epoch: int = 0) -> Trajectory:
         texts.append(embeds)
     image_embeds = torch.cat(embeds_seen)
     return Trajectory(
-        epoch, tuple(drawn), tuple(drawn), torch.arange(count), torch.cat(texts), bench.policy.timesteps, torch.cat(latents), torch.cat(log_probs),
-        None, image_embeds, bench.critic(image_embeds), torch.cat(images),
+        epoch, tuple(drawn), tuple(drawn), torch.arange(count), Conditioning({"embeds": torch.cat(texts)}), torch.arange(count, device=bench.device),
+        torch.arange(bench.size.steps), torch.cat(latents), torch.cat(log_probs), None, image_embeds, bench.critic(image_embeds), torch.cat(images),
     )  # fmt: skip
 
 
@@ -168,7 +168,8 @@ def train(
             rows = slice(start, start + ways.micro_batch)
             sample_, k = samples[rows].to(bench.device), steps[rows].to(bench.device)
             x_t, x_next = trajectory.latents[sample_, k], trajectory.latents[sample_, k + 1]
-            mean, std = schedule.step(predict(bench, x_t, k, trajectory.prompt_embeds[sample_], guidance), x_t, k, ways.cpu_coefficients)
+            embeds = trajectory.texts[trajectory.text_rows[sample_]].parts["embeds"]
+            mean, std = schedule.step(predict(bench, x_t, k, embeds, guidance), x_t, k, ways.cpu_coefficients)
             log_ratio = log_prob(x_next, mean, std) - trajectory.log_probs[sample_, k]
             losses, _ = policy_loss(log_ratio.exp(), advantages[sample_, k], settings.clip_range)
             values = bench.critic(trajectory.image_embeds[sample_, k], [mask[rows].to(bench.device) for mask in masks])

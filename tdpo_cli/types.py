@@ -100,6 +100,7 @@ class Trajectory:
     image_embeds: Tensor | None  # [B,S,E], of the state before each step; None without a critic
     values: Tensor | None  # [B,S], the critic's estimate of the return; None without a critic
     images: Tensor  # [B,3,H,W] float32 in [0,1], the final images; none any more once they are scored
+    home: Tensor | None = None  # [B] int64, the process that keeps each sample's latents, by sample id; None: all are here
 
     def __len__(self) -> int:
         return len(self.prompts)

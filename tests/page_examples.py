@@ -108,7 +108,7 @@ def make_cross_eval(
                 "run": name, "base": "base", "algorithm": "tdpo-r", "trained_reward": "aesthetic",
                 "models": [one["name"] for one in models if one["run"] == name],
                 "peak_to_final": {r: {"peak_epoch": 9, "peak": 0.4, "final": 0.1, "drop": estimate(0.3)} for r in rewards},
-                "verdict": "aesthetic +1.10 sd, others -0.30 sd since epoch 9: over-optimising",
+                "verdict": {"kind": "over-optimising", "sentence": "aesthetic +1.10 sd, others -0.30 sd since epoch 9: over-optimising", "since": 9},
             }
             for name in names
         ],

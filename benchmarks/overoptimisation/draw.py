@@ -239,7 +239,7 @@ def held_out_tables(found: dict[str, Any]) -> str:
     by_fate: dict[str, list[str]] = {"fell": [], "not resolved": [], "rose": []}
     rows = []
     for run in found["runs"]:
-        kind, gold, agreement = run["verdict"].rpartition(": ")[2], run["gold"][-1], run["agreement"]
+        kind, gold, agreement = run["verdict"]["kind"], run["gold"][-1], run["agreement"]
         by_fate[fate(gold)].append(kind)
         alike = f"{agreement['base']['mean']:.2f} -> {agreement['model']['mean']:.2f}"
         changes = [cell(run["since_base"][name]) for name in ("trained", "others")]

@@ -30,7 +30,9 @@ def sample(
     batch_size: Annotated[Optional[int], typer.Option(min=1, help="Images per network call [default: from memory].")] = None,
     steps: Annotated[Optional[int], typer.Option(min=1, max=1000, help="Denoising steps [default: the preset's].")] = None,
     guidance_scale: Annotated[Optional[float], typer.Option(min=0, help="[default: the preset's]")] = None,
-    eta: Annotated[Optional[float], typer.Option(min=0, max=1, help="DDIM noise, 0 is deterministic [default: the preset's].")] = None,
+    noise: Annotated[
+        Optional[float], typer.Option("--noise", "--eta", min=0, help="eta (DDIM) or noise level (flow), 0 is deterministic [default: the preset's].")
+    ] = None,
     negative_prompt: Annotated[Optional[str], typer.Option(help="[default: the preset's]")] = None,
     lora_scale: Annotated[float, typer.Option(help="Strength of the LoRA; 0 is the base model.")] = 1.0,
     device: Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, ... [default: a GPU where there is one]")] = None,
@@ -49,12 +51,13 @@ def sample(
         raise RequestError("prompts from standard input reach one process only: give a text file with --gpus or --processes.")
     overrides = [presets.parse_override(text) for text in set_ or []]
     given = {
-        "rollout.steps": steps, "rollout.guidance_scale": guidance_scale, "rollout.negative_prompt": negative_prompt, "model.dtype": dtype,
+        "sampling.steps": steps, "sampling.guidance_scale": guidance_scale, "sampling.noise": noise,
+        "rollout.negative_prompt": negative_prompt, "model.dtype": dtype,
     }  # fmt: skip
     overrides += [(key, value) for key, value in given.items() if value is not None]
     request = SampleRequest(
         checkpoint=checkpoint, prompts=prompt_sources.from_arguments(prompts), preset=preset, overrides=overrides, epoch=epoch, out=out,
-        per_prompt=per_prompt, seed=seed, batch_size=batch_size, eta=eta, lora_scale=lora_scale, device=device or workers.device,
+        per_prompt=per_prompt, seed=seed, batch_size=batch_size, lora_scale=lora_scale, device=device or workers.device,
     )  # fmt: skip
     workers.start(request.images, request.folder(request.source()))
     options.prepare_libraries()

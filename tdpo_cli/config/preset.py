@@ -150,6 +150,15 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Shown:
+    """How shown images are made: of sample, previews and cross-eval."""
+
+    steps: int
+    guidance_scale: float
+    noise: float | None  # eta (DDIM) or noise level (flow); None: the family's own for shown images
+
+
+@dataclass(frozen=True)
 class Preset:
     model: Model = dataclasses.field(default_factory=Model)
     rollout: Rollout = dataclasses.field(default_factory=Rollout)
@@ -166,6 +175,16 @@ class Preset:
         return (self.reward.train, *self.reward.watch)
 
     @property
+    def shown(self) -> Shown:
+        """How images are made where nothing trains."""
+        own, rollout = self.sampling, self.rollout
+        return Shown(
+            steps=rollout.steps if own.steps is None else own.steps,
+            guidance_scale=rollout.guidance_scale if own.guidance_scale is None else own.guidance_scale,
+            noise=rollout.eta if own.noise is None else own.noise,
+        )
+
+    @property
     def has_critic(self) -> bool:
         return self.algorithm.facts.critic
 
@@ -174,8 +193,14 @@ class Preset:
         return self.algorithm.reference or self.algorithm.kl_penalty_coef > 0 or self.algorithm.kl_target is not None
 
     @property
+    def stochastic_steps(self) -> int:
+        """S, the denoising steps that have a log-probability: the columns of a trajectory. All of them with DDIM."""
+        return self.rollout.steps
+
+    @property
     def trained_steps(self) -> int:
-        return int(self.rollout.steps * self.update.timestep_fraction)
+        """Columns that an inner epoch visits."""
+        return int(self.stochastic_steps * self.update.timestep_fraction)
 
     @property
     def updates_per_epoch(self) -> int:

@@ -29,7 +29,7 @@ class Sampling:
     checkpoint: Checkpoint
     steps: int
     guidance_scale: float
-    eta: float
+    noise: float | None  # eta (DDIM) or noise level (flow); None: the family's own
     negative_prompt: str
 
     def of_base(self) -> Sampling:
@@ -46,7 +46,7 @@ class Sampling:
     @staticmethod
     def of(flat: Mapping[str, Any]) -> Sampling:
         """From request.json."""
-        rest = {name: flat[name] for name in ("steps", "guidance_scale", "eta", "negative_prompt")}
+        rest = {name: flat[name] for name in ("steps", "guidance_scale", "noise", "negative_prompt")}
         resolution = tuple(flat["resolution"]) if flat.get("resolution") else None
         weights = Checkpoint(flat["base"], flat["revision"], flat["dtype"], flat["start_from"], flat.get("vae"), resolution)
         return Sampling(weights, **rest)
@@ -135,8 +135,8 @@ def _of_run(run: RunDir, folder: Path, preset_name: str | None, overrides: Seque
 
 
 def _sampling(source: Source) -> Sampling:
-    rollout = source.preset.rollout
-    return Sampling(source.checkpoint, rollout.steps, rollout.guidance_scale, rollout.eta, rollout.negative_prompt)
+    shown = source.preset.shown
+    return Sampling(source.checkpoint, shown.steps, shown.guidance_scale, shown.noise, source.preset.rollout.negative_prompt)
 
 
 def _model(one: _Found, group: str, base: str) -> Model:

@@ -144,8 +144,7 @@ def _load(model: Model, device: torch.device) -> Policy:
     if hashes(weights) != model.sha256:
         raise RequestError(f"{weights} is not the checkpoint that this evaluation began with; begin anew with another --out.")
     policy = load(model.sampling.checkpoint.section, device=device, trainable=False, negative_prompt=model.sampling.negative_prompt)
-    policy.set_schedule(model.sampling.steps, model.sampling.eta)
-    return policy
+    return policy.scheduled(model.sampling.steps, model.sampling.noise)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tdpo_cli.errors import RequestError
+from tdpo_cli.overoptimisation import held_out
 from tdpo_cli.storage import disk
 
 Part = tuple[int, int, int]  # number of the model, first prompt, end
@@ -50,8 +51,9 @@ class Folder:
         write_json(self.path / "request.json", request, indent=1)
 
     def read_result(self) -> dict[str, Any]:
+        """The content of cross_eval.json, also of one that an earlier version wrote. Raises RequestError."""
         try:
-            return json.loads(self.result.read_text(encoding="utf-8"))
+            return held_out.read(json.loads(self.result.read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
             raise RequestError(f"{self.result}: damaged: {error}. Remove it together with the folder, or choose another --out.") from None
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from tdpo_cli import __version__
 from tdpo_cli.cross_eval.candidates import Model
-from tdpo_cli.overoptimisation import statistics
+from tdpo_cli.overoptimisation import agreement, held_out, statistics
 
 Scores = dict[str, np.ndarray]  # reward -> [P,I], NaN where a score is missing
 
@@ -25,7 +25,7 @@ def build(request: Mapping[str, Any], models: Sequence[Model], parts: Mapping[st
     entries = [
         _entry(model, raw[model.name], scores, standardised.get(model.name, {}), distances, draws) for model in models
     ]  # fmt: skip
-    agreement = {entry["name"]: entry["agreement"] for entry in entries}
+    agreed = {entry["name"]: entry["agreement"] for entry in entries}
     groups: dict[str, list[Model]] = {}
     for model in models:
         if model.group is not None:
@@ -40,7 +40,7 @@ def build(request: Mapping[str, Any], models: Sequence[Model], parts: Mapping[st
         "rewards": rewards,
         "bootstrap": {"resamples": statistics.RESAMPLES, "level": statistics.LEVEL, "unit": "prompt"},
         "models": entries,
-        "runs": [_run(name, group, standardised, agreement[group[-1].name], draws) for name, group in groups.items()],
+        "runs": [_run(name, group, standardised, agreed[group[-1].name], draws) for name, group in groups.items()],
         "matrix": {"trained": list(groups), "evaluated": rewards, "standardised": matrix},
     }
 
@@ -94,12 +94,12 @@ def _agreement(model: Model, scores: Mapping[str, Scores], draws: np.ndarray) ->
     """How alike the trained and the other learned rewards rank a prompt's images: the base's, the model's, the change."""
     if model.base is None:
         return None
-    sums = [statistics.agreement_sums(scores[name], model.trained_reward) for name in (model.base, model.name)]
-    return None if any(one is None for one in sums) else statistics.agreements(*sums, draws)
+    sums = [agreement.of_model(scores[name], model.trained_reward) for name in (model.base, model.name)]
+    return None if any(one is None for one in sums) else agreement.change(*sums, draws)
 
 
 def _run(
-    name: str, group: Sequence[Model], standardised: Mapping[str, Scores], agreement: Mapping[str, Any] | None, draws: np.ndarray
+    name: str, group: Sequence[Model], standardised: Mapping[str, Scores], agreed: Mapping[str, Any] | None, draws: np.ndarray
 ) -> dict[str, Any]:
     last = group[-1]
     peaks = {}
@@ -124,5 +124,5 @@ def _run(
         "peak_to_final": peaks,
         "since_base": since_base,  # change of the trained reward and of the mean of the other learned ones, common scale
         "since_best": None if since_best is None else {"epoch": best_epoch, **since_best},
-        "verdict": statistics.verdict(trained, draws.shape[1], since_base, best_epoch, since_best, agreement),
+        "verdict": held_out.verdict(trained, draws.shape[1], since_base, best_epoch, since_best, agreed).as_dict(),
     }

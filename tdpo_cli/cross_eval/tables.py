@@ -132,7 +132,7 @@ def as_markdown(result: Result) -> str:
         f"{count} prompts of `{result['prompt_source']}`, {result['per_prompt']} image(s) of each per model, seed {result['seed']}. {SCALE} "
         f"In brackets: {level} bootstrap intervals, prompts resampled {resamples} times.", "",
     ]  # fmt: skip
-    lines += [f"- **{title(run)}** - {run['verdict']}" for run in result["runs"]] + [""]
+    lines += [f"- **{title(run)}** - {run['verdict']['sentence']}" for run in result["runs"]] + [""]
     if len(result["runs"]) > 1:
         lines += ["## Every run's last checkpoint", "", *_markdown(*of_matrix(result, interval)), ""]
     for run in result["runs"]:
@@ -168,7 +168,7 @@ def show(result: Result, console: Console) -> None:
         console.table(*of_matrix(result, _cell(lambda cell: [of_matrix(result, cell)], width)), title="every run's last checkpoint")
     if result["runs"]:
         console.say()
-        console.pairs([(run["run"], run["verdict"]) for run in result["runs"]], title="verdict on the last checkpoint")
+        console.pairs([(run["run"], run["verdict"]["sentence"]) for run in result["runs"]], title="verdict on the last checkpoint")
 
 
 def _thinned(run: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -133,10 +133,13 @@ def decode_bytes(nets: Networks, size: int) -> float:
 
 
 def trajectory_bytes(preset: Preset, nets: Networks, processes: int) -> float:
-    """Every latent once in fp32, and a critic's embedding per step, of this process' samples. (Several gather all in main memory.)"""
-    samples = -(-preset.rollout.samples_per_epoch // processes)
-    width = 64 if nets.embedded else 1024
-    return samples * ((preset.rollout.steps + 1) * nets.latent_elements * 4 + preset.rollout.steps * width * 4 * preset.has_critic)
+    """Of this process' samples every latent in fp32 and a critic's embedding per step; of the others' the embeddings, and latents that visit."""
+    every, columns, width = preset.rollout.samples_per_epoch, preset.stochastic_steps, 64 if nets.embedded else 1024
+    own = -(-every // processes)
+    travel = processes > 1 and (preset.update.inner_epochs > 1 or preset.update.batch_size % processes > 0)
+    latents = own * (1 + travel) * (columns + 1) * nets.latent_elements * 4
+    embeds = (own + every * (processes > 1)) * columns * width * 4 * preset.has_critic
+    return latents + embeds
 
 
 def scorer_bytes(preset: Preset, nets: Networks) -> float:

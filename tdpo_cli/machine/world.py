@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import os
 from collections.abc import Iterable, Iterator
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor
 
 from tdpo_cli.errors import LostPeer, RequestError, WorkError, first_line
-from tdpo_cli.types import Trajectory
 
 TIMEOUT = float(os.environ.get("TDPO_TIMEOUT", 30))  # minutes a process waits for the others before it gives up
 
@@ -39,6 +37,11 @@ class World:
         """This process' contiguous part of `count` things, as even as can be."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
+    def ranks(self, count: int) -> Tensor:
+        """The process whose share each of `count` things is in. -> [count] int64"""
+        bounds = torch.tensor([count * (rank + 1) // self.size for rank in range(self.size)])
+        return torch.searchsorted(bounds, torch.arange(count), right=True)
+
     @contextlib.contextmanager
     def first_on_each_machine(self) -> Iterator[None]:
         """One process of each machine goes through before the others: what it downloads lies in the cache for them."""
@@ -49,38 +52,49 @@ class World:
             self.barrier()
 
     # --- exchanges ------------------------------------------------------------------------------------------------------
-    def gather(self, trajectory: Trajectory, scores: dict[str, Tensor]) -> tuple[Trajectory, dict[str, Tensor]]:
-        """Everyone's samples and scores, ordered by sample id, on every process; but the images, which nobody needs any more."""
-        nothing = trajectory.images.new_empty(0, *trajectory.images.shape[1:])
-        if self.size == 1:
-            return dataclasses.replace(trajectory, images=nothing), scores
-        texts: list[Any] = [None] * self.size
-        with _exchange("prompts"):
-            torch.distributed.all_gather_object(texts, (trajectory.prompts, trajectory.prompt_keys), group=self.cpu_group)
-        prompts, keys = (sum(column, ()) for column in zip(*texts, strict=True))
-        per_sample = {f.name: getattr(trajectory, f.name) for f in dataclasses.fields(trajectory) if f.name not in ("steps", "texts", "images")}
-        columns = {name: value for name, value in per_sample.items() if isinstance(value, Tensor)}
-        columns |= {f"scores/{name}": score for name, score in scores.items()}
-        whole = self._gather_rows(columns, [len(theirs) for theirs, _ in texts])
-        gathered_scores = {name: whole.pop(f"scores/{name}") for name in scores}
-        return dataclasses.replace(trajectory, prompts=prompts, prompt_keys=keys, images=nothing, **whole), gathered_scores
+    def gather(self, columns: dict[str, Tensor], home: Tensor) -> dict[str, Tensor]:
+        """Every process' rows of each column, on every process: [B,...] -> [N,...] in CPU memory, in one exchange.
 
-    def _gather_rows(self, columns: dict[str, Tensor], counts: list[int]) -> dict[str, Tensor]:
-        """Tensors [B,...] of every process joined to [N,...], in CPU memory, all at once: a row of bytes per sample."""
+        home [N]: the process that each row comes from; a process gives its rows in their order in `home`. Alone: as they are.
+        """
+        if self.size == 1:
+            return columns
         columns = {name: column.cpu().contiguous() for name, column in columns.items()}
         packed = [column.reshape(len(column), -1).view(torch.uint8) for column in columns.values()]
-        widths = [part.shape[1] for part in packed]
+        widths, counts = [part.shape[1] for part in packed], home.bincount(minlength=self.size).tolist()
         mine = torch.zeros(max(counts), sum(widths), dtype=torch.uint8)  # padded: all must be of one size
         mine[: counts[self.rank]] = torch.cat(packed, dim=1)
         everyone = torch.empty(self.size, *mine.shape, dtype=torch.uint8)
         with _exchange("trajectories"):
             torch.distributed.all_gather(list(everyone.unbind(0)), mine, group=self.cpu_group)
+        arrived = home.argsort(stable=True).argsort()  # rows lie process by process: where each of the N is among them
         whole, offset = {}, 0
         for (name, column), width in zip(columns.items(), widths, strict=True):
             rows = torch.cat([everyone[rank, :count, offset : offset + width] for rank, count in enumerate(counts)])
-            whole[name] = rows.view(column.dtype).view(-1, *column.shape[1:])
+            whole[name] = rows.view(column.dtype).view(-1, *column.shape[1:])[arrived]
             offset += width
         return whole
+
+    def exchange(self, tensor: Tensor, outgoing: dict[int, Tensor], incoming: dict[int, int]) -> Tensor:
+        """Send rows of a tensor straight to the processes that need them. -> the rows that arrive, by rank, in CPU memory
+
+        outgoing: rank -> the rows it gets, incoming: rank -> how many come from it. Both sides know both, so nothing is agreed on first.
+        One process at a time: beside the tensor itself there is never more than one other process' part of it.
+        """
+        ranks = sorted(incoming)
+        arrived = torch.empty(sum(incoming.values()), *tensor.shape[1:], dtype=tensor.dtype)
+        room = dict(zip(ranks, arrived.split([incoming[rank] for rank in ranks]), strict=True))
+        with _exchange("latents"):
+            for distance in range(1, self.size):
+                to, source, waiting = (self.rank + distance) % self.size, (self.rank - distance) % self.size, []
+                if len(outgoing[to]):
+                    part = tensor[outgoing[to].to(tensor.device)].cpu().contiguous()
+                    waiting.append(torch.distributed.isend(part, to, group=self.cpu_group))
+                if incoming[source]:
+                    waiting.append(torch.distributed.irecv(room[source], source, group=self.cpu_group))
+                for work in waiting:
+                    work.wait()
+        return arrived
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """One flat all-reduce of the gradients, in place."""

@@ -96,9 +96,9 @@ class LoRABeside(LoRA):
 
     def save(self, family: Family, folder: Path) -> None:
         """Write both LoRAs as one, and the loaded one's text-encoder weights."""
-        own = own_part(family.network, BESIDE)
-        loaded = [own_part(family.network, START)] if self.reference else []
-        parts = {family.component: _concatenated([*loaded, own])}
+        if not self.reference:
+            return super().save(family, folder)
+        parts = {family.component: _concatenated([own_part(family.network, name) for name in (START, BESIDE)])}
         for name in TEXT_ENCODERS:
             encoder = getattr(family.pipeline, name, None)
             if START in getattr(encoder, "peft_config", {}):
@@ -272,6 +272,7 @@ def _save(family: Family, folder: Path, parts: dict[str, Part]) -> None:
         # without the metadata a loader takes alpha = rank, silently
         given |= {f"{name}_lora_layers": state, f"{name}_lora_adapter_metadata": config}
     type(family.pipeline).save_lora_weights(folder, **given, weight_name=lora_file.FILE)
+    lora_file.sort_metadata(folder / lora_file.FILE)
 
 
 def _plain(value: object) -> object:

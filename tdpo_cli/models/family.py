@@ -26,6 +26,7 @@ class Family:
 
     component: ClassVar[str] = "transformer"  # what trains, and the prefix of its LoRA keys: unet | transformer
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")  # suffixes of module names
+    shown_noise: ClassVar[float | None] = None  # noise of images that are shown, where the preset gives none; None: the sampler's own
     guidance: str = "cfg"  # cfg | embedded (the network reads the scale) | none
     tokens: int | None = None  # image tokens, where the schedule depends on the resolution
 

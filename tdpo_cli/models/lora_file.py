@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,3 +79,14 @@ def rank_of(path: Path) -> int:
     if not down:
         raise RequestError(f"{find(path)}: no LoRA weights in it.")
     return down[0].shape[0]
+
+
+def sort_metadata(file: Path) -> None:
+    """Rewrite a safetensors file with its metadata in order: the library writes them in a random one, and equal files should be equal bytes."""
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    metadata = dict(sorted(header.pop("__metadata__", {}).items()))
+    written = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":")).encode()
+    written += b" " * (-len(written) % 8)  # tensors stay aligned
+    file.write_bytes(len(written).to_bytes(8, "little") + written + content[8 + length :])

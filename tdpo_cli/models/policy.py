@@ -46,9 +46,9 @@ class Policy:
         self.sampler = sampler
 
     def scheduled(self, steps: int, noise: float | None = None) -> Policy:
-        """The same networks under another schedule, for showing images: its steps need not be trainable."""
+        """The same networks under another schedule, for shown images: its steps need not be trainable."""
         other = copy.copy(self)
-        other.sampler = self.family.sampler(steps, noise)
+        other.sampler = self.family.sampler(steps, self.family.shown_noise if noise is None else noise)
         return other
 
     @property

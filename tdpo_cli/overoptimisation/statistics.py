@@ -5,16 +5,15 @@ Values are [P,I], prompt by image; what is missing is NaN. An estimate is {"mean
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from tdpo_cli.overoptimisation.verdict import PARTED, TRUE_REWARDS
+from tdpo_cli.overoptimisation.verdict import TRUE_REWARDS, judges
 
 RESAMPLES = 4000
 LEVEL = 0.95
-FEWEST_PROMPTS = 10  # for a verdict: below, the intervals are much too narrow
 
 Estimate = dict[str, "float | None"]
 
@@ -39,10 +38,10 @@ def estimate(values: np.ndarray, draws: np.ndarray) -> Estimate:
     # einsum, not @: BLAS adds in another order with another number of threads
     drawn = np.einsum("rp,p->r", draws, counts)
     means = np.einsum("rp,p->r", draws, sums)[drawn > 0] / drawn[drawn > 0]
-    return _interval(mean, means, int((counts > 0).sum()))
+    return interval(mean, means, int((counts > 0).sum()))
 
 
-def _interval(mean: float, drawn: np.ndarray, prompts: int) -> Estimate:
+def interval(mean: float, drawn: np.ndarray, prompts: int) -> Estimate:
     """What was found, and the middle LEVEL of what the resamples gave."""
     drawn = drawn[np.isfinite(drawn)]
     if not np.isfinite(mean):
@@ -81,11 +80,6 @@ def by_prompt(values: np.ndarray) -> np.ndarray:
     return np.where(counts > 0, np.where(known, values, 0).sum(axis=-1) / np.maximum(counts, 1), np.nan)
 
 
-def judges(rewards: Sequence[str], trained: str | None) -> list[str]:
-    """The rewards that judge a model trained on `trained`: all but that one and the true ones, which are shown and read by no judgement."""
-    return [name for name in rewards if name not in TRUE_REWARDS and name != trained]
-
-
 def share_all_rise(standardised: Mapping[str, np.ndarray]) -> float | None:
     """Share of prompts whose mean rises in every reward but the true ones."""
     names = judges(list(standardised), None)
@@ -112,47 +106,6 @@ def mean_of_others(standardised: Mapping[str, np.ndarray], trained: str | None) 
     if trained not in standardised or trained in TRUE_REWARDS or not names:
         return None
     return np.mean([standardised[name] for name in names], axis=0)  # NaN where one is missing
-
-
-# --- how alike rewards judge ----------------------------------------------------------------------------------------------
-def agreement_sums(scores: Mapping[str, np.ndarray], trained: str | None) -> np.ndarray | None:
-    """One model's scores -> [P,3], what `correlation` adds up; None where there is nobody to agree with, or one image a prompt.
-
-    As tdpo_cli.rewards.scoring.agreement: the trained reward, and the mean of the judges, each of them divided by its own standard deviation;
-    an image counts by how far it lies from its prompt's mean, so which prompts are easy does not matter.
-    """
-    names = judges(list(scores), trained)
-    if trained not in scores or trained in TRUE_REWARDS or not names or scores[trained].shape[1] < 2:
-        return None
-    known = np.isfinite([scores[name] for name in (trained, *names)]).all(axis=0)  # [P,I]
-    if not known.any():
-        return None
-    others = sum(scores[name] / max(scores[name][known].std(), 1e-12) for name in names)
-    mine, theirs = (np.where(known, values - by_prompt(np.where(known, values, np.nan))[:, None], 0) for values in (scores[trained], others))
-    return np.stack([(mine * theirs).sum(axis=1), (mine**2).sum(axis=1), (theirs**2).sum(axis=1)], axis=1)
-
-
-def correlation(sums: np.ndarray) -> np.ndarray:
-    """[...,3] sums of products, of squares, of squares -> [...]; NaN without spread."""
-    spread = np.sqrt(sums[..., 1] * sums[..., 2])
-    return np.where(spread > 1e-9, sums[..., 0] / np.maximum(spread, 1e-9), np.nan)
-
-
-def agreements(base: np.ndarray, model: np.ndarray, draws: np.ndarray) -> dict[str, Estimate]:
-    """`agreement_sums` of both -> the agreement on the base's images, on the model's, and its change, paired, with intervals."""
-    drawn = {name: correlation(np.einsum("rp,pk->rk", draws, sums)) for name, sums in (("base", base), ("model", model))}
-    found = {name: correlation(sums.sum(axis=0)) for name, sums in (("base", base), ("model", model))}
-    drawn["change"], found["change"] = drawn["model"] - drawn["base"], found["model"] - found["base"]
-    prompts = int(((base[:, 1:] > 0) & (model[:, 1:] > 0)).all(axis=1).sum())  # that have a say
-    return {name: _interval(float(found[name]), values, prompts) for name, values in drawn.items()}
-
-
-def parted(agreement: Mapping[str, Estimate] | None) -> bool:
-    """Whether trained and other rewards clearly agree less on the model's images than on the base's: by PARTED, as in training."""
-    if agreement is None or agreement["change"]["low"] is None:
-        return False
-    base, model = agreement["base"], agreement["model"]
-    return base["low"] > 0 and agreement["change"]["high"] < 0 and model["mean"] < PARTED * base["mean"]
 
 
 # --- of the checkpoints of a run ------------------------------------------------------------------------------------------
@@ -187,39 +140,3 @@ def _best(curve: np.ndarray) -> int:
     known = np.isfinite(curve)
     means = np.where(known, curve, 0).sum(axis=1) / np.maximum(known.sum(axis=1), 1)
     return int(np.argmax(np.where(known.any(axis=1), means, -np.inf)))
-
-
-# --- in words -------------------------------------------------------------------------------------------------------------
-def verdict(
-    trained: str | None, prompts: int, since_base: Mapping[str, Estimate] | None, best_epoch: int | None, best: Mapping[str, Estimate] | None,
-    agreement: Mapping[str, Estimate] | None,
-) -> str:  # fmt: skip
-    """One plain sentence on a run's last checkpoint, in the words of tdpo_cli.overoptimisation.verdict. The true rewards are never read.
-
-    `since_base` and `best` hold the change of `trained` and of the `others`, from the base and from where the others stand
-    best; `best_epoch` None is the base itself. What counts as a change is an interval without 0. `agreement`: of `agreements`.
-    """
-    if trained is None:
-        return "what it was trained on is not known: no verdict"
-    if trained in TRUE_REWARDS:
-        return f"trained on {trained}, the truth itself: no verdict"
-    if since_base is None or best is None:
-        return f"no other learned reward beside {trained} was evaluated: no verdict"
-    if prompts < FEWEST_PROMPTS:
-        return f"{prompts} prompts are too few, {FEWEST_PROMPTS} are needed: no verdict"
-    if any(one["low"] is None for one in (*since_base.values(), *best.values())):
-        return "too few scores are known: no verdict"
-    kind, change, doubt = None, best, parted(agreement)
-    if best["others_held_out"]["high"] < 0 and best["others"]["mean"] < 0:
-        kind = "over-optimising" if best["trained"]["mean"] >= 0 else "declining" if best["trained"]["high"] < 0 else None
-    elif best["trained"]["low"] > 0 and not doubt:
-        kind = "stalled"
-    if kind is None:
-        kind, change, best_epoch = "improving" if since_base["others"]["low"] > 0 else "unclear", since_base, None
-        if doubt:
-            kind = "doubtful"
-    since = "against the base" if best_epoch is None else f"since epoch {best_epoch}"
-    words = f"{trained} {change['trained']['mean']:+.2f} sd, others {change['others']['mean']:+.2f} sd {since}"
-    if kind == "doubtful":
-        words += f", but they agree less ({agreement['base']['mean']:.2f} -> {agreement['model']['mean']:.2f})"
-    return f"{words}: {kind}"

@@ -33,13 +33,22 @@ TRUE_REWARDS = frozenset({"gold"})  # what a verdict is judged by, so it never r
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the curves say up to the newest epoch."""
+    """What curves, or a cross-evaluation, say."""
 
-    kind: str  # "over-optimising", "declining", "doubtful", "stalled", "improving", "unclear", "too early" or "unwatched"
+    kind: str  # "over-optimising", "declining", "doubtful", "stalled", "improving", "unclear", "too early", "unwatched" or "no verdict"
     sentence: str
     since: int | None = None  # epoch of the others' peak (over-optimising, declining, stalled), or where agreement fell (doubtful)
     trained: float | None = None  # change of the trained reward since then, or since the start, in sd of epoch 0
     others: float | None = None  # ... and of the mean of the watched learned rewards
+
+    def as_dict(self) -> dict[str, Any]:
+        """As it is stored."""
+        return {"kind": self.kind, "sentence": self.sentence, "since": self.since}
+
+
+def judges(rewards: Sequence[str], trained: str | None) -> list[str]:
+    """The rewards that judge a model trained on `trained`: all but that one and the true ones, which are shown and read by no judgement."""
+    return [name for name in rewards if name not in TRUE_REWARDS and name != trained]
 
 
 def read(rows: Sequence[Mapping[str, Any]], preset: Preset) -> Verdict:

@@ -44,8 +44,7 @@ def _footer(result: Mapping[str, Any], level: str) -> str:
 
 
 def _header(name: str, result: Mapping[str, Any], runs: Sequence[Entry]) -> str:
-    # the last word of a verdict is its kind
-    judged = [verdict_box(run["verdict"], run["verdict"].rpartition(": ")[2]) for run in runs]
+    judged = [verdict_box(run["verdict"]["sentence"], run["verdict"]["kind"]) for run in runs]
     heads = [f"<h3>{escape(run['run'])} <small>{escape(_about(run))}</small></h3>" for run in runs]
     boxes = "".join(f"<div>{head}{box}</div>" for head, box in zip(heads, judged, strict=True))
     pairs = [

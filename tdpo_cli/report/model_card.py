@@ -155,7 +155,7 @@ def _cross_eval(model: Mapping[str, Any], result: Mapping[str, Any]) -> str:
         rows.append(
             (f"`{_short(name)}`", role, _number(theirs["mean"]), _number(ours["mean"]), _interval(ours["standardised"]), _percent(ours["win_rate"]))
         )
-    told = next((run["verdict"] for run in result["runs"] if run["run"] == model["run"]), None)
+    told = next((run["verdict"]["sentence"] for run in result["runs"] if run["run"] == model["run"]), None)
     level = f"{100 * result['bootstrap']['level']:g} %"
     how = (
         f"{len(result['prompts'])} prompts of `{_short(result['prompt_source'])}`, {result['per_prompt']} images each from the same noise as the "

@@ -36,7 +36,7 @@ def write(folder: Path, file: Path | None = None) -> dict[str, Any]:
     html.save(page.render(folder, rows, judged, {name: verdict.rise(rows, name) for name in preset.rewards}), file)
     return {
         "run": str(folder), "report": str(file), "bytes": file.stat().st_size, "epochs": len(rows), "epochs_planned": preset.run.epochs,
-        "verdict": {"kind": judged.kind, "sentence": judged.sentence, "since": judged.since},
+        "verdict": judged.as_dict(),
     }  # fmt: skip
 
 

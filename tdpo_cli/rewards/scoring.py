@@ -50,26 +50,6 @@ def score_images(
     return scores
 
 
-def agreement(trained: Tensor, others: Sequence[Tensor], prompts: Sequence[str]) -> float | None:
-    """Correlation, among samples of the same prompt, of one reward with the mean of others. All [N]; None where it has no meaning.
-
-    Every other reward is first divided by its own standard deviation. Reward models that were trained apart agree on the base
-    model's images; where a policy exploits one of them, they part.
-    """
-    scores = [score.double().cpu() for score in (trained, *others)]
-    if not others or not all(score.isfinite().all() for score in scores):
-        return None
-    groups: dict[str, list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        groups.setdefault(prompt, []).append(index)
-    mine, theirs = scores[0].clone(), sum(score / score.std(correction=0).clamp(min=1e-12) for score in scores[1:])
-    for rows in groups.values():
-        for column in (mine, theirs):
-            column[rows] = column[rows] - column[rows].mean()
-    norm = mine.norm() * theirs.norm()
-    return (mine @ theirs / norm).item() if norm > 1e-9 else None
-
-
 def half_precision_difference(
     name: str,
     dtype: torch.dtype,

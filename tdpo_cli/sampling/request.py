@@ -25,7 +25,6 @@ class SampleRequest:
     per_prompt: int = 1  # images
     seed: int = 0  # of the noise
     batch_size: int | None = None  # images per network call; None: from memory
-    eta: float | None = None  # DDIM noise; None: the preset's
     lora_scale: float = 1.0  # strength of the LoRA; 0 is the base model
     device: str | None = None  # None: a GPU where there is one
 

@@ -16,6 +16,7 @@ from tdpo_cli.console import Console
 from tdpo_cli.errors import RequestError
 from tdpo_cli.machine import memory, world
 from tdpo_cli.models.checkpoints import Source
+from tdpo_cli.models.policy import Policy
 from tdpo_cli.randomness import Randomness
 from tdpo_cli.sampling import grid
 from tdpo_cli.sampling.generate import generate
@@ -29,7 +30,7 @@ GRID_COLUMNS = 8
 def run(request: SampleRequest, console: Console) -> dict[str, Any]:
     """Write the images, each process its share. -> a summary for --json. Raises RequestError, WorkError."""
     source = request.source()
-    settings, out = source.preset.rollout, request.folder(source)
+    how, out = source.preset.shown, request.folder(source)
     if (out / "metadata.jsonl").exists():
         raise RequestError(f"{out} already holds samples; choose another --out.")
     team = world.current(str(world.device(request.device)))
@@ -43,9 +44,9 @@ def run(request: SampleRequest, console: Console) -> dict[str, Any]:
     decode_chunk = memory.DECODED if team.device.type == "cuda" else None
     mine = team.mine(len(texts))
     disk.make(out)
-    with console.progress("sampling", len(mine) * settings.steps) as advance:
+    with console.progress("sampling", len(mine) * how.steps) as advance:
         own = [texts[i] for i in mine]
-        batches = generate(policy, own, mine, Randomness(request.seed, "sample"), settings.guidance_scale, batch_size, advance, decode_chunk)
+        batches = generate(policy, own, mine, Randomness(request.seed, "sample"), how.guidance_scale, batch_size, advance, decode_chunk)
         for number, image in zip(mine, (image for batch in batches for image in batch), strict=True):
             with disk.failures(out):
                 grid.to_pil(image).save(out / names[number])
@@ -58,15 +59,13 @@ def run(request: SampleRequest, console: Console) -> dict[str, Any]:
     return {"out": str(out), "images": len(texts), "grid": str(out / "grid.png"), "source": source.name}
 
 
-def _policy(request: SampleRequest, source: Source, device: torch.device, console: Console) -> models.Policy:
-    settings = source.preset.rollout
-    options = {"negative_prompt": settings.negative_prompt, "lora_scale": request.lora_scale}
+def _policy(request: SampleRequest, source: Source, device: torch.device, console: Console) -> Policy:
+    options = {"negative_prompt": source.preset.rollout.negative_prompt, "lora_scale": request.lora_scale}
     policy = models.load(source.preset.model, device=device, trainable=False, **options)
-    policy.set_schedule(settings.steps, settings.eta if request.eta is None else request.eta)
     too_long = policy.longer_than_limit(request.prompts)
     if too_long:
         console.warn(f"{len(too_long)} prompts are longer than the text encoder reads; their ends are cut off, as of {too_long[0][:60]!r}...")
-    return policy
+    return policy.scheduled(source.preset.shown.steps, source.preset.shown.noise)
 
 
 def _write_list(out: Path, names: Sequence[str], texts: Sequence[str], seed: int, per_prompt: int) -> None:

@@ -1,131 +1,108 @@
-"""What a run writes down and says: metrics rows, checkpoints, previews, the header, a line per epoch, the closing words."""
+"""What an epoch measured: its row of metrics.jsonl."""
 
 from __future__ import annotations
 
 import platform
 import resource
-import time
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from tdpo_cli import __version__
-from tdpo_cli.config import prompts
-from tdpo_cli.config.preset import Preset
-from tdpo_cli.console import Console, duration, significant, size
-from tdpo_cli.errors import RequestError
-from tdpo_cli.machine import memory
-from tdpo_cli.overoptimisation import verdict
-from tdpo_cli.randomness import Randomness
-from tdpo_cli.report.model_card import model_card
-from tdpo_cli.rewards import scoring
-from tdpo_cli.sampling import grid
-from tdpo_cli.sampling.generate import generate
-from tdpo_cli.storage.run_dir import RunDir, epoch_name
+from tdpo_cli.errors import WorkError
+from tdpo_cli.machine.world import World
+from tdpo_cli.overoptimisation import agreement, verdict
+from tdpo_cli.train.losses import approx_kl
 from tdpo_cli.train.state import Job
+from tdpo_cli.train.update import Step
 from tdpo_cli.types import Credit, Trajectory
 
-PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "numpy", "pillow")
+
+@dataclass(frozen=True)
+class EpochResult:
+    """What one epoch left behind. Samples, scores and credit are of all processes."""
+
+    epoch: int
+    samples: Trajectory
+    scores: dict[str, Tensor]  # reward -> [N]
+    credit: Credit
+    steps: list[Step]
+    neurons: dict[str, Any]  # the algorithm's statistics of the critic, empty without one
+    seconds: dict[str, float]
 
 
-def row(
-    job: Job, epoch: int, everyone: Trajectory, scores: dict[str, Tensor], credit: Credit,
-    means: dict[str, Any], neurons: dict[str, Any], seconds: dict[str, float],
-) -> dict[str, Any]:  # fmt: skip
-    columns: dict[str, Any] = {"epoch": epoch, "reward_queries": (epoch + 1) * len(everyone)}
+def row(job: Job, result: EpochResult) -> dict[str, Any]:
+    """The epoch's row of metrics.jsonl; the same on every process but for the seconds."""
+    samples, seconds = result.samples, result.seconds
+    return {
+        "epoch": result.epoch,
+        "reward_queries": (result.epoch + 1) * len(samples),
+        **_rewards(job, result),
+        **summarise(result.steps, job.world),
+        "critic_explained_variance": _explained_variance(samples.values, result.credit),
+        "updates": job.updates,
+        **{name: result.neurons.get(name) for name in ("dormant_fraction", "dormant_overlap", "dormant_fraction_extra", "reset")},
+        "mean_kl": result.credit.mean_kl,
+        **{f"seconds/{name}": value for name, value in seconds.items()},
+        "images_per_second": len(samples) / seconds["total"],
+        "peak_memory_bytes": int(job.world.max(torch.tensor(peak_memory(job.world.device)))),  # of the process that needs most
+    }
+
+
+def _rewards(job: Job, result: EpochResult) -> dict[str, float | None]:
+    """Mean and spread of every reward, and how far the trained and the watched rewards agree."""
+    reward, scores, columns = job.preset.reward, result.scores, {}
     for name, values in scores.items():
         # of the training reward, the scores that trained; a watched reward with a score missing has no mean
-        known = values[values.isfinite()].double() if name == job.preset.reward.train else values.double()
+        known = values[values.isfinite()].double() if name == reward.train else values.double()
         whole = bool(known.isfinite().all())
         columns[f"rewards/{name}/mean"] = known.mean().item() if whole else None
         columns[f"rewards/{name}/std"] = known.std(correction=0).item() if whole else None
-    others = [scores[name] for name in job.preset.reward.watch if name not in verdict.TRUE_REWARDS]
-    columns["agreement"] = scoring.agreement(scores[job.preset.reward.train], others, everyone.prompts)
-    columns |= means
-    columns["critic_explained_variance"] = None
-    if everyone.values is not None:
-        known = credit.returns[:, 0].isfinite()
-        returns = credit.returns[known]
-        residual = (returns - everyone.values.cpu()[known]).var(correction=0)
-        columns["critic_explained_variance"] = (1 - residual / returns.var(correction=0).clamp(min=1e-12)).item()
-    columns["updates"] = job.updates
-    for name in ("dormant_fraction", "dormant_overlap", "dormant_fraction_extra", "reset"):
-        columns[name] = neurons.get(name)
-    columns["mean_kl"] = credit.mean_kl
-    columns |= {f"seconds/{name}": value for name, value in seconds.items()}
-    columns["images_per_second"] = len(everyone) / seconds["total"]
-    columns["peak_memory_bytes"] = int(job.world.max(torch.tensor(peak_memory(job.world.device))))  # of the process that needs most
-    return columns
+    others = [scores[name] for name in reward.watch if name not in verdict.TRUE_REWARDS]
+    return columns | {"agreement": agreement.of_samples(scores[reward.train], others, result.samples.prompts)}
 
 
-def save(job: Job, folder: RunDir, epoch: int, row: dict[str, Any], last: bool) -> None:
-    """The order matters: a state on disk means that its metrics row and its checkpoint are there too."""
-    run, digest = job.preset.run, job.preset.digest()
-    preview(job, folder, f"epoch {epoch}", f"{epoch_name(epoch)}.png")
-    folder.log(row)
-    if (epoch + 1) % run.save_every == 0 or last:
-        rows, spare = folder.read_metrics(), None
-        if run.stop_on_overoptimisation is not None:
-            spare = verdict.best(rows, job.preset, [*folder.saved_epochs(), epoch])
-        folder.save_checkpoint(epoch, lambda path: _write_checkpoint(job, path, rows), digest, run.keep_last, spare)
-    folder.save_state(epoch, job.state_dict(), digest)
+def _explained_variance(values: Tensor | None, credit: Credit) -> float | None:
+    """1 - var(R - V) / var(R) of the critic's values V [N,S] over the samples that trained; None without a critic."""
+    if values is None:
+        return None
+    known = credit.returns[:, 0].isfinite()
+    returns = credit.returns[known]
+    residual = (returns - values.cpu()[known]).var(correction=0)
+    return (1 - residual / returns.var(correction=0).clamp(min=1e-12)).item()
 
 
-def _write_checkpoint(job: Job, path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    job.policy.save(path)
-    if job.critic is not None:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in job.critic.state_dict().items()}, path / "critic.safetensors")
-    (path / "README.md").write_text(model_card(job.preset, rows, job.prompts), encoding="utf-8")
-
-
-def preview(job: Job, folder: RunDir, title: str, file: str) -> None:
-    """Fixed prompts and fixed noise, apart from training: what changes from epoch to epoch is the policy alone."""
-    count = job.preset.run.preview_images
-    if count == 0:
-        return
-    shown = [job.prompts[i % len(job.prompts)] for i in range(count)]
-    batches = generate(
-        job.policy,
-        shown,
-        range(count),
-        Randomness(job.preset.run.seed, "preview"),
-        job.preset.rollout.guidance_scale,
-        job.plan.sample_batch,
-        decode_chunk=job.plan.decode_chunk,
-    )
-    images = [grid.to_pil(image) for batch in batches for image in batch]
-    folder.save_image(file, grid.draw(images, shown, columns=min(count, 4), title=title))
-
-
-def environment(job: Job, first_epoch: int) -> dict[str, Any]:
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    versions["torch"] = torch.__version__  # with the build, cu130 or cpu
-    device = job.world.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+def summarise(steps: Sequence[Step], world: World) -> dict[str, float | int | None]:
+    """Means over an epoch's optimizer steps, over all processes; `ratio_drift` is of its first one."""
+    good = [step for step in steps if not step.outcome.skipped]
+    if not good:
+        raise WorkError("every optimizer step of the epoch had a non-finite loss or gradient; the last finished epoch is safe on disk.")
+    pairs = torch.cat([step.policy.log_ratios for step in good]).double()
+    policy_sums = torch.stack([
+        torch.tensor(float(len(pairs)), dtype=torch.float64, device=pairs.device),
+        torch.cat([step.policy.losses for step in good]).sum(),
+        torch.cat([step.policy.clipped for step in good]).double().sum(),
+        approx_kl(pairs) * len(pairs),
+    ])  # fmt: skip
+    count, loss, clipped, kl = world.sum(policy_sums).tolist()
+    first = steps[0].policy.log_ratios
+    drift = world.max(first.abs().max() if len(first) else torch.zeros((), device=pairs.device))
+    criticised = [step.critic for step in good if step.critic is not None]
+    mean = lambda name: torch.cat([getattr(part, name) for part in criticised]).double().mean().item() if criticised else None
+    norm = lambda norms: torch.stack(norms).mean().item() if norms else None
     return {
-        "first_epoch": first_epoch,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "tdpo": __version__,
-        "python": platform.python_version(),
-        "versions": versions,
-        "device": str(device),
-        "device_name": name,
-        "threads": torch.get_num_threads(),
-        "world_size": job.world.size,
-        "micro_batch": job.plan.micro_batch,
-        "plan": job.plan.as_dict(),
-        "memory_limit": job.preset.run.memory_limit,
-        "predicted_memory_bytes": memory.estimate(job.preset, job.world.size, job.plan, device.type == "cuda"),
+        "policy_loss": loss / count,
+        "critic_loss": mean("losses"),
+        "approx_kl": kl / count,
+        "policy_clip_fraction": clipped / count,
+        "critic_clip_fraction": mean("clipped"),
+        "policy_grad_norm": norm([step.outcome.policy_grad_norm for step in good if not step.outcome.overflowed]),
+        "critic_grad_norm": norm([step.outcome.critic_grad_norm for step in good if step.critic is not None]),
+        "ratio_drift": drift.item(),
+        "skipped_steps": sum(step.outcome.skipped for step in steps),
+        "overflowed_steps": sum(step.outcome.overflowed for step in steps),
     }
 
 
@@ -135,112 +112,3 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else peak * 1024
-
-
-# --- what is said -----------------------------------------------------------------------------------------------------------
-def header(job: Job, out: Path, first_epoch: int) -> Sequence[tuple[str, str]]:
-    """What will happen, before it does."""
-    preset, world = job.preset, job.world
-    trained = sum(p.numel() for p in job.policy.trainable.values())
-    how = f"LoRA rank {preset.model.lora_rank}" if preset.model.lora_rank else "whole UNet"
-    epochs = f"{preset.run.epochs}" if first_epoch == 0 else f"{preset.run.epochs}, continuing at epoch {first_epoch}"
-    reset = f"{preset.algorithm.reset_target} neurons every {preset.algorithm.reset_every} epochs"
-    rows = [
-        ("model", f"{preset.model.base}, {how}, {trained:,} trained weights"),
-        ("reward", f"{preset.reward.train}" + (f", watching {', '.join(preset.reward.watch)}" if preset.reward.watch else "")),
-        ("prompts", f"{preset.rollout.prompts} ({len(job.prompts)})"),
-        ("samples per epoch", f"{preset.rollout.samples_per_epoch}, {preset.rollout.steps} denoising steps each"),
-        ("optimizer steps", f"{preset.updates_per_epoch} per epoch, {preset.update.batch_size} samples each"),
-        ("epochs", f"{epochs}; {preset.reward_queries:,} reward queries in all"),
-        ("device", f"{world.device}, {world.size} process{'es' if world.size > 1 else ''}"),
-        ("plan", f"{job.plan}; about {size(memory.estimate(preset, world.size, job.plan, world.device.type == 'cuda'))} of memory"),
-        ("run folder", f"{out}"),
-    ]
-    if preset.algorithm.facts.resets:
-        rows.insert(5, ("resets", reset))
-    return rows
-
-
-def epoch_line(row: dict[str, Any], first: dict[str, Any], preset: Preset) -> str:
-    """One line: trained reward and its rise in units of epoch 0's spread, watched rewards, health of the update, time."""
-    name = preset.reward.train
-    spread = first[f"rewards/{name}/std"] or 1
-    width = len(str(preset.run.epochs))
-    rise = (row[f"rewards/{name}/mean"] - first[f"rewards/{name}/mean"]) / spread
-    parts = [
-        # folders and metrics count from 0
-        f"epoch {row['epoch']:>{width}} ({row['epoch'] + 1:>{width}}/{preset.run.epochs})",
-        f"{name} {row[f'rewards/{name}/mean']:.3f} ({rise:+.2f} sd)",
-        *(f"{watched} {_shown(row[f'rewards/{watched}/mean'])}" for watched in preset.reward.watch),
-        f"kl {significant(row['approx_kl'], 2)}",
-        f"clipped {100 * row['policy_clip_fraction']:.0f}%",
-    ]
-    if row["dormant_fraction"] is not None:
-        parts.append(f"dormant {100 * row['dormant_fraction']:.0f}%")
-    if row["reset"]:
-        parts.append(f"reset {row['reset']}")
-    if row["skipped_steps"]:
-        parts.append(f"skipped {row['skipped_steps']} of {preset.updates_per_epoch} steps")
-    return "  ".join([*parts, f"{row['seconds/total']:.1f} s"])
-
-
-def verdict_line(rows: Sequence[dict[str, Any]], preset: Preset) -> str | None:
-    """The verdict's sentence after the epoch that changed it; None while it stays what it was, or before there is one."""
-    now, before = verdict.read(rows, preset), verdict.read(rows[:-1], preset)
-    said = now.kind != before.kind and now.kind not in ("too early", "unwatched", "unclear")
-    return f"verdict: {now.sentence}" if said else None
-
-
-def _shown(score: float | None) -> str:
-    return "-" if score is None else f"{score:.3f}"
-
-
-def summary(preset: Preset, folder: RunDir, seconds: float) -> dict[str, Any]:
-    """What came out, for --json and for the closing lines."""
-    rows = folder.read_metrics()
-    if not rows:
-        raise RequestError(f"{folder.path}: no finished epoch there.")
-    rewards = {
-        name: {"first": rows[0][f"rewards/{name}/mean"], "last": rows[-1][f"rewards/{name}/mean"], "rise": verdict.rise(rows, name)}
-        for name in preset.rewards
-    }
-    finding = verdict.read(rows, preset)
-    best = verdict.best(rows, preset, folder.saved_epochs())
-    return {
-        "run": str(folder.path), "epochs": len(rows), "rewards": rewards, "trained": preset.reward.train,
-        "verdict": {"kind": finding.kind, "sentence": finding.sentence, "since": finding.since},
-        "stopped": len(rows) < preset.run.epochs and verdict.should_stop(rows, preset),
-        "checkpoint": str(folder.checkpoint()), "best_checkpoint": None if best is None else str(folder.checkpoint(best)),
-        "seconds": seconds, "peak_memory_bytes": rows[-1]["peak_memory_bytes"],
-    }  # fmt: skip
-
-
-def closing(report: dict[str, Any], preset: Preset, console: Console) -> None:
-    run = report["run"]
-    console.say()
-    how = f"stopped after {report['epochs']} of {preset.run.epochs}" if report["stopped"] else f"done: {report['epochs']}"
-    console.say(f"{how} epochs in {duration(report['seconds'])}", style="bold")
-    for name, reward in report["rewards"].items():
-        role = "trained" if name == report["trained"] else "watched"
-        rise = "-" if reward["rise"] is None else f"{reward['rise']:+.2f} sd"
-        console.say(f"  {name:<14} {role}  {_shown(reward['first'])} -> {_shown(reward['last'])}  ({rise}, last fifth against first fifth)")
-    console.say()
-    console.say(f"verdict: {report['verdict']['sentence']}", style="bold")
-    console.say()
-    places = [
-        ("checkpoint", report["checkpoint"]),
-        ("report", f"{run}/report.html"),
-        ("previews", f"{run}/images"),
-        ("numbers", f"{run}/metrics.jsonl"),
-    ]
-    if report["best_checkpoint"] not in (None, report["checkpoint"]):
-        places.insert(1, ("best by the watched rewards", report["best_checkpoint"]))
-    console.pairs(places, title="where things are")
-    prompt = prompts.load(preset.rollout.prompts)[0]
-    console.say()
-    console.say("what to try next", style="bold")
-    console.say(f"  tdpo cross-eval {run}        # base model and checkpoints on held-out prompts: better, or cheating?")
-    console.say(f'  tdpo sample {run} "{prompt}" --per-prompt 8')
-    console.say(f"  tdpo train --resume --out {run} --epochs {preset.run.epochs * 2}        # train on")
-    others = [name for name in ("tdpo-r", "tdpo", "ddpo") if name != preset.algorithm.name]
-    console.say(f"  tdpo train --preset {run}/preset.json --algorithm {others[-1]}        # the same with another algorithm")

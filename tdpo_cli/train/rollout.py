@@ -1,110 +1,162 @@
-"""Denoise prompts under the current policy and keep every step."""
+"""Sampling an epoch: denoise prompts under the current policy and keep its trained steps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tdpo_cli.algorithms.critic import Critic
+from tdpo_cli.config.preset import Preset
+from tdpo_cli.errors import WorkError
+from tdpo_cli.machine.memory import Plan
 from tdpo_cli.machine.transfer import room, send
 from tdpo_cli.models.policy import Policy
 from tdpo_cli.randomness import Randomness
-from tdpo_cli.rewards.backbones import ImageEncoder
+from tdpo_cli.rewards.backbones import Backbones, ImageEncoder
 from tdpo_cli.sampling.generate import denoise, encode
-from tdpo_cli.types import Trajectory
-
-DECODE_CHUNK = 48  # images per VAE and encoder call; larger is slower again on a CPU
+from tdpo_cli.types import Conditioning, Trajectory, Transition
 
 
-def rollout(
-    policy: Policy,
-    critic: Critic | None,
-    encoder: ImageEncoder | None,
-    randomness: Randomness,
-    prompts: Sequence[str],
-    epoch: int,
-    sample_ids: Sequence[int],
-    guidance: float,
-    reference: bool,
-    micro_batch: int,
-    on_step: Callable[[int], None] = lambda samples: None,
-    decode_chunk: int = DECODE_CHUNK,
-    offload: bool = False,
-    looking: AbstractContextManager = nullcontext(),
-) -> Trajectory:
-    """One sample per id: its prompt drawn from `prompts`, its noise from the randomness.
+@dataclass(frozen=True)
+class Draw:
+    """The prompts of all N samples of an epoch: a function of seed and epoch, so every process makes the same one alone."""
 
-    `micro_batch` samples are denoised, `decode_chunk` images decoded at a time. With `offload` latents and images wait in
-    main memory. `on_step` hears of finished steps; the image encoder is used within `looking`.
-    """
-    drawn = randomness.prompts(epoch, sample_ids, prompts)
-    shape, count, steps = policy.latent_shape, len(sample_ids), len(policy.timesteps)
-    # made outside inference mode, so ordinary tensors, which the update may save for its backward pass; filled in place, once
-    latents = room((count, steps + 1, *shape), policy.device, offload)
-    log_probs = torch.empty(count, steps, device=policy.device)
-    ref_log_probs = torch.empty(count, steps, device=policy.device) if reference else None
-    with torch.inference_mode():
-        texts, text_rows = encode(policy, drawn)
-        for start in range(0, count, micro_batch):
-            batch = slice(start, start + micro_batch)
-            ids, rows = sample_ids[batch], text_rows[batch]
-            x_T = send(randomness.initial_latents(epoch, ids, shape), policy.device)
-            noise = lambda k, ids=ids: randomness.step_noise(epoch, k, ids, shape)
-            latents[batch, 0].copy_(x_T, non_blocking=True)
-            for k, x_t, transition, x_next in denoise(policy, texts, rows, x_T, noise, guidance):
-                latents[batch, k + 1].copy_(x_next, non_blocking=True)
-                log_probs[batch, k] = transition.log_prob(x_next)
-                if ref_log_probs is not None:
+    epoch: int
+    prompts: tuple[str, ...]  # [N]
+    prompt_keys: tuple[str, ...]  # [N] as the text encoder saw them
+    texts: Conditioning  # a row per distinct prompt, the negative prompt last
+    text_rows: Tensor  # [N] int64, each sample's row of `texts`
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+class Actor:
+    """Samples under the current policy. With a critic, also what the critic sees of every state and the value it gives."""
+
+    def __init__(
+        self, policy: Policy, critic: Critic | None, encoder: ImageEncoder | None, randomness: Randomness,
+        preset: Preset, plan: Plan, backbones: Backbones | None = None,
+    ):  # fmt: skip
+        self.policy, self.critic, self.encoder, self.randomness = policy, critic, encoder, randomness
+        self.preset, self.plan = preset, plan
+        self.backbones = backbones or Backbones()
+
+    def draw(self, epoch: int, choices: Sequence[str]) -> Draw:
+        """Draw a prompt of `choices` for every sample of the epoch, and encode each distinct one once."""
+        prompts = self.randomness.prompts(epoch, range(self.preset.rollout.samples_per_epoch), choices)
+        key = {prompt: self.policy.normal_form(prompt) for prompt in set(prompts)}
+        with torch.inference_mode():
+            texts, rows = encode(self.policy, prompts)
+        # copies made outside inference mode are ordinary tensors, which the update may save for its backward pass
+        return Draw(epoch, tuple(prompts), tuple(key[prompt] for prompt in prompts), texts.clone(), rows.clone())
+
+    def rollout(self, draw: Draw, sample_ids: Sequence[int], on_step: Callable[[int], None] = lambda samples: None) -> Trajectory:
+        """Sample the ids of a draw. `on_step(samples)` is called after every denoising step of a batch."""
+        film = self._film(len(sample_ids))
+        rows = draw.text_rows[torch.as_tensor(list(sample_ids), device=draw.text_rows.device)]
+        with torch.inference_mode():
+            for start in range(0, len(sample_ids), self.plan.sample_batch):
+                batch = slice(start, start + self.plan.sample_batch)
+                self._denoise(film, batch, draw, sample_ids[batch], rows[batch], on_step)
+            if self.policy.device.type == "cuda" and self.plan.offload:
+                torch.cuda.current_stream(self.policy.device).synchronize()  # copies to main memory are under way until now
+            images = self._decoded(film.final)
+        look = self._look(film.latents) if self.critic is not None and self.encoder is not None else Look()
+        return Trajectory(
+            epoch=draw.epoch,
+            prompts=tuple(draw.prompts[i] for i in sample_ids),
+            prompt_keys=tuple(draw.prompt_keys[i] for i in sample_ids),
+            sample_ids=torch.as_tensor(list(sample_ids), dtype=torch.int64),
+            texts=draw.texts,
+            text_rows=rows,
+            steps=torch.tensor(film.steps),
+            latents=film.latents,
+            log_probs=film.log_probs,
+            ref_log_probs=film.ref_log_probs,
+            image_embeds=look.embeds,
+            values=look.values,
+            images=images.clone(),
+        )
+
+    def _film(self, count: int) -> Film:
+        """Room for what is kept of `count` samples. Made outside inference mode, so ordinary tensors; filled in place, once."""
+        policy, steps = self.policy, trained_steps(self.policy)
+        if steps != list(range(steps[0], steps[0] + self.preset.stochastic_steps)):
+            raise WorkError(f"the sampler has noise in steps {steps}; the preset counts {self.preset.stochastic_steps} that follow each other.")
+        shape, offload = policy.latent_shape, self.plan.offload
+        latents = room((count, len(steps) + 1, *shape), policy.device, offload)
+        ends = steps[-1] == len(policy.timesteps) - 1
+        scores = lambda: torch.empty(count, len(steps), device=policy.device)
+        return Film(
+            steps=steps,
+            latents=latents,
+            final=latents[:, -1] if ends else room((count, *shape), policy.device, offload),
+            log_probs=scores(),
+            ref_log_probs=scores() if self.preset.needs_reference else None,
+        )
+
+    def _denoise(self, film: Film, batch: slice, draw: Draw, ids: Sequence[int], rows: Tensor, on_step: Callable[[int], None]) -> None:
+        """From noise to the final latent, a batch of samples together."""
+        policy, guidance, shape = self.policy, self.preset.rollout.guidance_scale, self.policy.latent_shape
+        x_T = send(self.randomness.initial_latents(draw.epoch, ids, shape), policy.device)
+        noise = lambda k: self.randomness.step_noise(draw.epoch, k, ids, shape)
+        for k, x_t, transition, x_next in denoise(policy, draw.texts, rows, x_T, noise, guidance):
+            if k in film.steps:
+                column = film.steps.index(k)
+                film.keep(batch, column, x_t, transition, x_next)
+                if film.ref_log_probs is not None:
                     step = torch.full((len(x_t),), k, device=x_t.device)
-                    ref_log_probs[batch, k] = policy.transition(x_t, step, texts, rows, guidance, reference=True).log_prob(x_next)
-                on_step(len(ids))
-        if policy.device.type == "cuda" and offload:
-            torch.cuda.current_stream(policy.device).synchronize()  # copies to main memory are under way until now
-        images = _decoded(policy, latents, decode_chunk, offload)
-    image_embeds = values = None
-    if critic is not None and encoder is not None:
-        with looking:
-            image_embeds, values = _look(policy, critic, encoder, latents, decode_chunk)
-    return Trajectory(
-        epoch=epoch,
-        prompts=tuple(drawn),
-        prompt_keys=_normal_forms(policy, drawn),
-        sample_ids=torch.as_tensor(list(sample_ids), dtype=torch.int64),
-        texts=texts.clone(),
-        text_rows=text_rows.clone(),
-        steps=torch.arange(steps),
-        latents=latents,
-        log_probs=log_probs,
-        ref_log_probs=ref_log_probs,
-        image_embeds=image_embeds,
-        values=values,
-        images=images.clone(),
-    )
+                    reference = policy.transition(x_t, step, draw.texts, rows, guidance, reference=True)
+                    film.ref_log_probs[batch, column] = reference.log_prob(x_next)
+            on_step(len(ids))
+        if k not in film.steps:
+            film.final[batch].copy_(x_next, non_blocking=True)
+
+    def _decoded(self, final: Tensor) -> Tensor:
+        """The final images [B,3,H,W], a chunk at a time; in main memory if they are to be offloaded."""
+        parts = (self.policy.decode(part) for part in final.split(self.plan.decode_chunk))
+        return torch.cat([part.cpu() if self.plan.offload else part for part in parts])
+
+    def _look(self, latents: Tensor) -> Look:
+        """What the critic sees of the state before every step, and its values. After the denoising loop and in chunks: sampling needs neither."""
+        samples, columns = latents.shape[0], latents.shape[1] - 1
+        pairs = torch.arange(samples * columns, device=latents.device)  # rows of a chunk are gathered, never a second copy of all
+        with torch.inference_mode(), self.backbones.awake(self.encoder):
+            parts = (latents[part // columns, part % columns] for part in pairs.split(self.plan.decode_chunk))
+            embeds = torch.cat([self.encoder(self.policy.decode(send(part, self.policy.device))) for part in parts])
+            values = self.critic(embeds)
+        return Look(embeds.clone().unflatten(0, (samples, columns)), values.clone().unflatten(0, (samples, columns)))
 
 
-def _decoded(policy: Policy, latents: Tensor, chunk: int, offload: bool) -> Tensor:
-    """The final images [B,3,H,W], a chunk at a time; in main memory if they are to be offloaded."""
-    parts = (policy.decode(part) for part in latents[:, -1].split(chunk))
-    return torch.cat([part.cpu() if offload else part for part in parts])
+def trained_steps(policy: Policy) -> list[int]:
+    """The steps k that have a log-probability, in order: all of them with DDIM."""
+    return policy.stochastic.nonzero().flatten().tolist()
 
 
-def _look(policy: Policy, critic: Critic, encoder: ImageEncoder, latents: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """What the critic sees of, and says to, the state before every step; the final latent is not looked at.
+@dataclass(frozen=True)
+class Film:
+    """What is kept while samples are denoised."""
 
-    After the denoising loop and in chunks: sampling does not need the values.
-    """
-    samples, states = latents.shape[:2]
-    pairs = torch.arange(samples * (states - 1), device=latents.device)  # rows of a chunk are gathered, never a second copy of all
-    with torch.inference_mode():
-        parts = (latents[part // (states - 1), part % (states - 1)] for part in pairs.split(chunk))
-        embeds = torch.cat([encoder(policy.decode(send(part, policy.device))) for part in parts])
-        values = critic(embeds)
-    return embeds.clone().unflatten(0, (samples, states - 1)), values.clone().unflatten(0, (samples, states - 1))
+    steps: list[int]  # [S] the step k of each column
+    latents: Tensor  # [B,S+1,C,h,w]; entry j is the state before the step of column j
+    final: Tensor  # [B,C,h,w]; the last entry of `latents` where the last step is kept
+    log_probs: Tensor  # [B,S]
+    ref_log_probs: Tensor | None  # [B,S]
+
+    def keep(self, batch: slice, column: int, x_t: Tensor, transition: Transition, x_next: Tensor) -> None:
+        if column == 0:
+            self.latents[batch, 0].copy_(x_t, non_blocking=True)
+        self.latents[batch, column + 1].copy_(x_next, non_blocking=True)
+        self.log_probs[batch, column] = transition.log_prob(x_next)
 
 
-def _normal_forms(policy: Policy, prompts: Sequence[str]) -> tuple[str, ...]:
-    form = {prompt: policy.normal_form(prompt) for prompt in set(prompts)}
-    return tuple(form[prompt] for prompt in prompts)
+@dataclass(frozen=True)
+class Look:
+    """The critic's view of the states before each step."""
+
+    embeds: Tensor | None = None  # [B,S,E]
+    values: Tensor | None = None  # [B,S]

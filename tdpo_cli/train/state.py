@@ -12,6 +12,7 @@ from tdpo_cli.algorithms.base import Algorithm
 from tdpo_cli.algorithms.critic import Critic
 from tdpo_cli.config import prompts
 from tdpo_cli.config.preset import Preset
+from tdpo_cli.errors import RequestError
 from tdpo_cli.machine import memory
 from tdpo_cli.machine.world import World
 from tdpo_cli.models.policy import Policy
@@ -19,7 +20,13 @@ from tdpo_cli.randomness import Randomness
 from tdpo_cli.rewards import Reward, scoring
 from tdpo_cli.rewards.backbones import Backbones, ImageEncoder
 from tdpo_cli.rewards.critic_encoder import critic_encoder
-from tdpo_cli.train.update import Optimizers, make_optimizers
+
+
+@dataclass
+class Optimizers:
+    policy: torch.optim.Optimizer
+    critic: torch.optim.Optimizer | None
+    scaler: torch.amp.GradScaler  # does nothing unless the policy computes in fp16
 
 
 @dataclass
@@ -92,3 +99,29 @@ def build(preset: Preset, world: World, plan: memory.Plan) -> Job:
         preset, world, policy, rewards, encoder, critic, optimizers, algorithms.make(preset), randomness, prompt_list,
         plan, backbones,
     )  # fmt: skip
+
+
+def make_optimizers(policy: Policy, critic: Critic | None, preset: Preset) -> Optimizers:
+    settings, device = preset.update, policy.device
+    options = dict(betas=(settings.adam_beta1, settings.adam_beta2), eps=settings.adam_epsilon, weight_decay=settings.adam_weight_decay)
+    policy_class = torch.optim.AdamW
+    if settings.optimizer == "adamw-8bit":
+        policy_class = _adamw_8bit()
+    elif device.type == "cuda":
+        options["fused"] = True
+    half = preset.model.dtype == "fp16" and device.type != "cpu"
+    return Optimizers(
+        policy=policy_class(list(policy.trainable.values()), lr=settings.learning_rate, **options),
+        critic=None if critic is None else torch.optim.AdamW(
+            critic.parameters(), lr=settings.critic_learning_rate, **{k: v for k, v in options.items() if k != "fused"}
+        ),
+        scaler=torch.amp.GradScaler(device.type, enabled=half),
+    )  # fmt: skip
+
+
+def _adamw_8bit() -> type[torch.optim.Optimizer]:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise RequestError("update.optimizer adamw-8bit needs bitsandbytes: pip install bitsandbytes") from None
+    return AdamW8bit

@@ -1,4 +1,4 @@
-"""One inner epoch: policy and critic take optimizer steps over the shuffled (sample, step) pairs of a trajectory."""
+"""One inner epoch: policy and critic take optimizer steps over the shuffled (sample, column) pairs of a trajectory."""
 
 from __future__ import annotations
 
@@ -10,104 +10,77 @@ from torch import Tensor
 
 from tdpo_cli.algorithms.critic import DROPOUT, WIDTHS, Critic
 from tdpo_cli.config.preset import Preset
-from tdpo_cli.errors import RequestError, WorkError
-from tdpo_cli.machine.transfer import rows, send
+from tdpo_cli.machine.memory import Plan
+from tdpo_cli.machine.transfer import send
 from tdpo_cli.machine.world import World
 from tdpo_cli.models.policy import Policy
 from tdpo_cli.randomness import Randomness
+from tdpo_cli.train import sharing
+from tdpo_cli.train.losses import critic_loss, policy_loss
+from tdpo_cli.train.state import Optimizers
 from tdpo_cli.types import Conditioning, Credit, ShufflePlan, Trajectory
 
-
-# --- the losses, per pair ---------------------------------------------------------------------------------------------
-def policy_loss(ratio: Tensor, advantages: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
-    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), negated; and where the clip binds. All [b]."""
-    unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
-    return torch.maximum(unclipped, clipped), clipped > unclipped
+WHERE_THEY_ARE = ("latents", "images", "sample_ids", "home")  # columns that the update does not move to the device
 
 
-def critic_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
-    """Half the squared error, pessimistic about moves beyond the clip range (0: no clipping); and where it binds. All [b]."""
-    unclipped = (values - returns) ** 2
-    if clip_range == 0:
-        return 0.5 * unclipped, torch.zeros_like(unclipped, dtype=torch.bool)
-    # the bounds are clamped to, not the difference: a value inside them stays itself to the last bit
-    near = values.clamp(old_values - clip_range, old_values + clip_range)
-    clipped = (near - returns) ** 2
-    return 0.5 * torch.maximum(unclipped, clipped), clipped > unclipped
+# --- what a step is made of, and what comes of it -------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Batch:
+    """The pairs of one optimizer step, in the plan's order, over all processes."""
+
+    index: int  # of the optimizer step within the inner epoch
+    sample_index: Tensor  # [n] int64
+    step_index: Tensor  # [n] int64, columns of the trajectory
+    own: Tensor  # [m] int64, which of the n pairs this process computes for the policy
+
+    def __len__(self) -> int:
+        return len(self.sample_index)
 
 
-def approx_kl(log_ratios: Tensor) -> Tensor:
-    """Estimate of KL(old, new), http://joschu.net/blog/kl-approx.html (k3): how far the policy moved since the rollout. [b] -> []"""
-    return (log_ratios.exp() - 1 - log_ratios).mean()
+@dataclass(frozen=True)
+class PolicyPart:
+    """The policy's pairs of this process, under the weights before the step."""
+
+    log_probs: Tensor  # [m] float32
+    log_ratios: Tensor  # [m] float32, log p - log p_old
+    ratios: Tensor  # [m] float32
+    losses: Tensor  # [m] float64
+    clipped: Tensor  # [m] bool
 
 
-def total_loss(policy: Tensor, critic: Tensor | None, critic_coef: float) -> Tensor:
-    """What the official log calls the loss. The two networks share no weights: each part has its own backward pass, nothing sums them here."""
-    return policy if critic is None else policy + critic_coef * critic
+@dataclass(frozen=True)
+class CriticPart:
+    """All pairs of the batch: every process computes the whole critic."""
+
+    values: Tensor  # [n] float32, the critic in training (dropout on)
+    losses: Tensor  # [n] float64
+    clipped: Tensor  # [n] bool
 
 
-# --- optimizers -------------------------------------------------------------------------------------------------------
-@dataclass
-class Optimizers:
-    policy: torch.optim.Optimizer
-    critic: torch.optim.Optimizer | None
-    scaler: torch.amp.GradScaler  # does nothing unless the policy computes in fp16
+@dataclass(frozen=True)
+class Outcome:
+    """What became of the gradients."""
 
-
-def make_optimizers(policy: Policy, critic: Critic | None, preset: Preset) -> Optimizers:
-    settings, device = preset.update, policy.device
-    options = dict(betas=(settings.adam_beta1, settings.adam_beta2), eps=settings.adam_epsilon, weight_decay=settings.adam_weight_decay)
-    policy_class = torch.optim.AdamW
-    if settings.optimizer == "adamw-8bit":
-        policy_class = _adamw_8bit()
-    elif device.type == "cuda":
-        options["fused"] = True
-    half = preset.model.dtype == "fp16" and device.type != "cpu"
-    return Optimizers(
-        policy=policy_class(list(policy.trainable.values()), lr=settings.learning_rate, **options),
-        critic=None if critic is None else torch.optim.AdamW(
-            critic.parameters(), lr=settings.critic_learning_rate, **{k: v for k, v in options.items() if k != "fused"}
-        ),
-        scaler=torch.amp.GradScaler(device.type, enabled=half),
-    )  # fmt: skip
-
-
-def _adamw_8bit() -> type[torch.optim.Optimizer]:
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError:
-        raise RequestError("update.optimizer adamw-8bit needs bitsandbytes: pip install bitsandbytes") from None
-    return AdamW8bit
-
-
-# --- the pass -----------------------------------------------------------------------------------------------------------
-@dataclass
-class Step:
-    """One optimizer step, as an observer sees it. Per-pair fields hold this process' share, in the plan's order."""
-
-    index: int  # within the inner epoch
-    sample_index: Tensor  # [n] int64, the pairs of the whole global batch
-    step_index: Tensor  # [n] int64
-    share: slice  # this process' part of them
-    log_probs: Tensor  # [share] float32, under the weights before this step
-    log_ratios: Tensor  # [share] float32, log p - log p_old
-    ratios: Tensor  # [share] float32
-    policy_losses: Tensor  # [share] float64
-    policy_clipped: Tensor  # [share] bool
-    values: Tensor | None  # [n] float32, the critic in training (dropout on)
-    critic_losses: Tensor | None  # [n] float64
-    critic_clipped: Tensor | None  # [n] bool
     policy_grad_norm: Tensor  # [] before clipping
     critic_grad_norm: Tensor | None
     skipped: bool  # a loss or gradient was not finite, no weight has moved
     overflowed: bool  # fp16 loss scale too large: not a fault, the policy's step was left out
 
 
-class Observer:
-    """Looks on while the update runs: progress bars, tests and traces. Does nothing by itself."""
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step, as an observer sees it."""
 
-    def before_step(self, index: int, sample_index: Tensor, step_index: Tensor) -> None:
+    batch: Batch
+    policy: PolicyPart
+    critic: CriticPart | None
+    outcome: Outcome
+
+
+class Observer:
+    """Is called while the update runs: progress bars, tests and traces. Does nothing by itself."""
+
+    def before_step(self, batch: Batch) -> None:
         """Weights as they are before the step."""
 
     def gradients(self, index: int) -> None:
@@ -117,161 +90,138 @@ class Observer:
         """Weights and optimizer states as they are after the step."""
 
 
-def update(
-    policy: Policy,
-    critic: Critic | None,
-    optimizers: Optimizers,
-    everyone: Trajectory,
-    credit: Credit,
-    plan: ShufflePlan,
-    preset: Preset,
-    randomness: Randomness,
-    inner: int,
-    micro_batch: int,
-    world: World,
-    observer: Observer,
-) -> list[Step]:
-    """Walk the plan, one optimizer step per effective batch. Every process takes its share of each batch's network calls."""
-    settings, steps = preset.update, []
-    everyone, credit = _brought(everyone, policy.device), _brought(credit, policy.device)
-    all_timesteps = preset.algorithm.update_mode == "all-timesteps"
-    for index, (samples, ks) in enumerate(plan.optimizer_steps(settings.batch_size, all_timesteps)):
-        observer.before_step(index, samples, ks)
-        optimizers.policy.zero_grad(set_to_none=True)
-        share = world.share(len(samples))
-        policy_part = _policy_backward(policy, optimizers, everyone, credit, samples[share], ks[share], len(samples), preset, micro_batch)
-        world.sum_gradients(policy.trainable.values())
-        critic_part = (None, None, None)
-        if critic is not None:
-            optimizers.critic.zero_grad(set_to_none=True)
-            masks = _keep_masks(randomness, everyone.epoch, inner, index, len(samples), preset)
-            critic_part = _critic_backward(critic, everyone, credit, samples, ks, masks, preset)
-        optimizers.scaler.unscale_(optimizers.policy)
-        observer.gradients(index)
-        norms, skipped, overflowed = _step(policy, critic, optimizers, settings.max_grad_norm, policy_part[3], world)
-        if critic is not None and not skipped:
-            _more_critic_steps(critic, optimizers, everyone, credit, samples, ks, randomness, inner, index, preset)
-        steps.append(Step(index, samples, ks, share, *policy_part, *critic_part, *norms, skipped, overflowed))
-        observer.after_step(steps[-1])
-    return steps
+@dataclass(frozen=True)
+class _Material:
+    """What an inner epoch trains on. Small columns are on the policy's device, latents where they arrived."""
+
+    samples: Trajectory
+    latents: sharing.Latents
+    credit: Credit
+    inner: int
 
 
-def _brought(record: Trajectory | Credit, device: torch.device) -> Trajectory | Credit:
+# --- the learner --------------------------------------------------------------------------------------------------------
+class Learner:
+    """Trains policy and critic on an epoch's samples. Several processes share the policy's work, each computes the whole critic."""
+
+    def __init__(
+        self, policy: Policy, critic: Critic | None, optimizers: Optimizers, preset: Preset, randomness: Randomness, plan: Plan, world: World
+    ):  # fmt: skip
+        self.policy, self.critic, self.optimizers = policy, critic, optimizers
+        self.preset, self.randomness, self.plan, self.world = preset, randomness, plan, world
+
+    def inner_epoch(self, samples: Trajectory, credit: Credit, order: ShufflePlan, inner: int, observer: Observer) -> list[Step]:
+        """Walk the order, one optimizer step per effective batch."""
+        settings, device, steps = self.preset.update, self.policy.device, []
+        latents = sharing.latents_of(samples, order, settings.batch_size, self.world)
+        material = _Material(_on_device(samples, device), latents, _on_device(credit, device), inner)
+        pairs = order.optimizer_steps(settings.batch_size, self.preset.algorithm.update_mode == "all-timesteps")
+        for index, (sample_index, step_index) in enumerate(pairs):
+            own = own_pairs(len(sample_index), settings.batch_size, self.world.share(settings.batch_size))
+            batch = Batch(index, sample_index, step_index, own)
+            observer.before_step(batch)
+            steps.append(self._step(material, batch, observer))
+            observer.after_step(steps[-1])
+        return steps
+
+    def _step(self, material: _Material, batch: Batch, observer: Observer) -> Step:
+        self.optimizers.policy.zero_grad(set_to_none=True)
+        policy_part = self._policy_backward(material, batch)
+        self.world.sum_gradients(self.policy.trainable.values())
+        critic_part = None
+        if self.critic is not None:
+            critic_part = self._critic_backward(material, batch)
+        self.optimizers.scaler.unscale_(self.optimizers.policy)
+        observer.gradients(batch.index)
+        outcome = self._apply(policy_part.losses)
+        if self.critic is not None and not outcome.skipped:
+            self._more_critic_steps(material, batch)
+        return Step(batch, policy_part, critic_part, outcome)
+
+    def _policy_backward(self, material: _Material, batch: Batch) -> PolicyPart:
+        """Accumulate the gradient of this process' part of the mean over the batch."""
+        samples, columns = batch.sample_index[batch.own], batch.step_index[batch.own]
+        if not len(samples):  # more processes than rows
+            empty = torch.zeros(0, device=self.policy.device)
+            return PolicyPart(empty, empty, empty, empty.double(), empty.bool())
+        parts, size = [], self.plan.micro_batch
+        for sample, column in zip(samples.split(size), columns.split(size), strict=True):
+            part = self._policy_pairs(material, sample, column)
+            self.optimizers.scaler.scale(part.losses.sum() / len(batch)).backward()
+            parts.append(PolicyPart(**{name: value.detach() for name, value in vars(part).items()}))
+        return PolicyPart(*(torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])))
+
+    def _policy_pairs(self, material: _Material, sample: Tensor, column: Tensor) -> PolicyPart:
+        """Score recorded transitions again under the current weights. sample, column [b]"""
+        recorded, device = material.samples, self.policy.device
+        guidance = self.preset.rollout.guidance_scale if self.preset.update.guidance else 1.0
+        x_t, x_next = (material.latents.states(sample, column + next_, device) for next_ in (0, 1))
+        sample, column = send(sample, device), send(column, device)
+        transition = self.policy.transition(x_t, recorded.steps[column], recorded.texts, recorded.text_rows[sample], guidance)
+        log_probs = transition.log_prob(x_next)
+        log_ratios = log_probs - recorded.log_probs[sample, column]
+        ratios = log_ratios.exp()
+        losses, clipped = policy_loss(ratios, material.credit.advantages[sample, column], self.preset.update.clip_range)
+        return PolicyPart(log_probs, log_ratios, ratios, losses, clipped)
+
+    def _critic_backward(self, material: _Material, batch: Batch, repeat: int = 0) -> CriticPart:
+        """The critic is tiny: every process computes the whole batch on an identical replica."""
+        self.optimizers.critic.zero_grad(set_to_none=True)
+        recorded, device = material.samples, self.critic.layers[0].weight.device
+        masks = _keep_masks(self.randomness, self.preset, recorded.epoch, material.inner, batch, repeat)
+        sample, column = send(batch.sample_index, device), send(batch.step_index, device)
+        values = self.critic(recorded.image_embeds[sample, column], None if masks is None else [send(mask, device) for mask in masks])
+        returns = material.credit.returns[sample, column]
+        losses, clipped = critic_loss(values, recorded.values[sample, column], returns, self.preset.update.clip_range_critic)
+        (self.preset.algorithm.critic_coef * losses.mean()).backward()
+        return CriticPart(values.detach(), losses.detach(), clipped)
+
+    def _more_critic_steps(self, material: _Material, batch: Batch) -> None:
+        """`algorithm.critic_steps` beyond the published one, on the same batch with fresh dropout; not finite: left out."""
+        for repeat in range(1, self.preset.algorithm.critic_steps):
+            self._critic_backward(material, batch, repeat)
+            if torch.nn.utils.clip_grad_norm_(list(self.critic.parameters()), self.preset.update.max_grad_norm).isfinite():
+                self.optimizers.critic.step()
+
+    def _apply(self, losses: Tensor) -> Outcome:
+        """Clip each network's gradient separately and step; `losses` are the policy's of this process."""
+        clip, max_norm, scaler = torch.nn.utils.clip_grad_norm_, self.preset.update.max_grad_norm, self.optimizers.scaler
+        policy_norm = clip(list(self.policy.trainable.values()), max_norm)
+        critic_norm = None if self.critic is None else clip(list(self.critic.parameters()), max_norm)
+        policy_finite = bool(policy_norm.isfinite())
+        critic_finite = critic_norm is None or bool(critic_norm.isfinite())
+        overflowed = False
+        if scaler.is_enabled() and not policy_finite and critic_finite:
+            # finite losses whose scaled gradients are not: the scale was too large. Otherwise it is a fault, as in fp32
+            overflowed = bool(self.world.sum((~losses.isfinite()).sum().float()) == 0)
+        skipped = not overflowed and not (policy_finite and critic_finite)
+        if not skipped:
+            scaler.step(self.optimizers.policy)  # leaves the step out if the scaled gradients overflowed
+            if self.optimizers.critic is not None:
+                self.optimizers.critic.step()
+        if scaler.is_enabled():
+            scaler.update()
+        return Outcome(policy_norm, critic_norm, skipped, overflowed)
+
+
+def own_pairs(count: int, batch_rows: int, share: slice) -> Tensor:
+    """Which of a batch's `count` pairs belong to the rows of `share`. Pairs go column by column, `batch_rows` in each. -> [m] int64
+
+    Cut by rows first, so that a process trains on the same few samples at all their steps.
+    """
+    return torch.arange(count).view(-1, batch_rows)[:, share].reshape(-1)
+
+
+def _on_device(record: Trajectory | Credit, device: torch.device) -> Trajectory | Credit:
     """The small columns on the device, once and not at every micro-step; latents stay where they are."""
-    columns = {name: value for name, value in vars(record).items() if isinstance(value, Tensor) and name not in ("latents", "images", "sample_ids")}
+    columns = {name: value for name, value in vars(record).items() if isinstance(value, Tensor) and name not in WHERE_THEY_ARE}
     if isinstance(record, Trajectory):
         columns["texts"] = record.texts
     return replace(record, **{name: value.to(device) if isinstance(value, Conditioning) else send(value, device) for name, value in columns.items()})
 
 
-def _policy_backward(
-    policy: Policy, optimizers: Optimizers, everyone: Trajectory, credit: Credit,
-    samples: Tensor, ks: Tensor, total: int, preset: Preset, micro_batch: int,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Accumulate the gradient of this process' share of the mean over `total` pairs.
-
-    -> log-probs, log ratios, ratios, losses, clipped; each [share]
-    """
-    guidance = preset.rollout.guidance_scale if preset.update.guidance else 1.0
-    device, parts = policy.device, []
-    for sample, k in zip(samples.split(micro_batch), ks.split(micro_batch), strict=True) if len(samples) else ():
-        stored = rows(everyone.latents, sample, k)
-        x_t, x_next = (send(everyone.latents[stored[0], stored[1] + next_], device) for next_ in (0, 1))
-        sample, k = send(sample, device), send(k, device)
-        transition = policy.transition(x_t, everyone.steps[k], everyone.texts, everyone.text_rows[sample], guidance)
-        log_prob = transition.log_prob(x_next)
-        log_ratio = log_prob - everyone.log_probs[sample, k]
-        ratio = log_ratio.exp()
-        losses, clipped = policy_loss(ratio, credit.advantages[sample, k], preset.update.clip_range)
-        optimizers.scaler.scale(losses.sum() / total).backward()
-        parts.append((log_prob.detach(), log_ratio.detach(), ratio.detach(), losses.detach(), clipped))
-    if not parts:  # more processes than pairs
-        empty = torch.zeros(0, device=device)
-        return empty, empty, empty, empty.double(), empty.bool()
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
-
-
-def _critic_backward(
-    critic: Critic, everyone: Trajectory, credit: Credit, samples: Tensor, ks: Tensor, masks: Sequence[Tensor] | None, preset: Preset
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The critic is tiny: every process computes the whole batch on an identical replica. -> values, losses, clipped; [n]"""
-    device = critic.layers[0].weight.device
-    samples, ks = send(samples, device), send(ks, device)
-    values = critic(everyone.image_embeds[samples, ks], None if masks is None else [send(mask, device) for mask in masks])
-    old_values, returns = everyone.values[samples, ks], credit.returns[samples, ks]
-    losses, clipped = critic_loss(values, old_values, returns, preset.update.clip_range_critic)
-    (preset.algorithm.critic_coef * losses.mean()).backward()
-    return values.detach(), losses.detach(), clipped
-
-
-def _more_critic_steps(
-    critic: Critic, optimizers: Optimizers, everyone: Trajectory, credit: Credit, samples: Tensor, ks: Tensor,
-    randomness: Randomness, inner: int, index: int, preset: Preset,
-) -> None:  # fmt: skip
-    """`algorithm.critic_steps` beyond the published one, on the same batch with fresh dropout; not finite: left out."""
-    for repeat in range(1, preset.algorithm.critic_steps):
-        optimizers.critic.zero_grad(set_to_none=True)
-        masks = _keep_masks(randomness, everyone.epoch, inner, index, len(samples), preset, repeat)
-        _critic_backward(critic, everyone, credit, samples, ks, masks, preset)
-        if torch.nn.utils.clip_grad_norm_(list(critic.parameters()), preset.update.max_grad_norm).isfinite():
-            optimizers.critic.step()
-
-
-def _keep_masks(randomness: Randomness, epoch: int, inner: int, index: int, rows: int, preset: Preset, repeat: int = 0) -> list[Tensor] | None:
+def _keep_masks(randomness: Randomness, preset: Preset, epoch: int, inner: int, batch: Batch, repeat: int) -> Sequence[Tensor] | None:
+    """The critic's dropout in one optimizer step; None without dropout."""
     if not preset.algorithm.critic_dropout:
         return None
-    return randomness.keep_masks(epoch, inner, index, rows, WIDTHS[: len(DROPOUT)], DROPOUT, repeat)
-
-
-def _step(
-    policy: Policy, critic: Critic | None, optimizers: Optimizers, max_norm: float, losses: Tensor, world: World
-) -> tuple[tuple[Tensor, Tensor | None], bool, bool]:
-    """Clip each network's gradient on its own and step. -> (norms before clipping, skipped, overflowed)"""
-    clip = torch.nn.utils.clip_grad_norm_
-    policy_norm = clip(list(policy.trainable.values()), max_norm)
-    critic_norm = None if critic is None else clip(list(critic.parameters()), max_norm)
-    policy_finite = bool(policy_norm.isfinite())
-    critic_finite = critic_norm is None or bool(critic_norm.isfinite())
-    overflowed = False
-    if optimizers.scaler.is_enabled() and not policy_finite and critic_finite:
-        # finite losses whose scaled gradients are not: the scale was too large. Otherwise it is a fault, as in fp32
-        overflowed = bool(world.sum((~losses.isfinite()).sum().float()) == 0)
-    skipped = not overflowed and not (policy_finite and critic_finite)
-    if not skipped:
-        optimizers.scaler.step(optimizers.policy)  # leaves the step out if the scaled gradients overflowed
-        if optimizers.critic is not None:
-            optimizers.critic.step()
-    if optimizers.scaler.is_enabled():
-        optimizers.scaler.update()
-    return (policy_norm, critic_norm), skipped, overflowed
-
-
-# --- what to log ----------------------------------------------------------------------------------------------------------
-def summarise(steps: Sequence[Step], world: World) -> dict[str, float | int | None]:
-    """Means over an epoch's optimizer steps, over all processes; `ratio_drift` is of its first one."""
-    good = [step for step in steps if not step.skipped]
-    if not good:
-        raise WorkError("every optimizer step of the epoch had a non-finite loss or gradient; the last finished epoch is safe on disk.")
-    pairs = torch.cat([step.log_ratios for step in good]).double()
-    policy_sums = torch.stack([
-        torch.tensor(float(len(pairs)), dtype=torch.float64, device=pairs.device),
-        torch.cat([step.policy_losses for step in good]).sum(),
-        torch.cat([step.policy_clipped for step in good]).double().sum(),
-        approx_kl(pairs) * len(pairs),
-    ])  # fmt: skip
-    count, loss, clipped, kl = world.sum(policy_sums).tolist()
-    drift = world.max(steps[0].log_ratios.abs().max() if len(steps[0].log_ratios) else torch.zeros((), device=pairs.device))
-    mean = lambda column: torch.cat(column).double().mean().item() if column[0] is not None else None
-    norm = lambda column: torch.stack(column).mean().item() if column[0] is not None else None
-    return {
-        "policy_loss": loss / count,
-        "critic_loss": mean([step.critic_losses for step in good]),
-        "approx_kl": kl / count,
-        "policy_clip_fraction": clipped / count,
-        "critic_clip_fraction": mean([step.critic_clipped for step in good]),
-        "policy_grad_norm": norm([step.policy_grad_norm for step in good if not step.overflowed] or [None]),
-        "critic_grad_norm": norm([step.critic_grad_norm for step in good]),
-        "ratio_drift": drift.item(),
-        "skipped_steps": sum(step.skipped for step in steps),
-        "overflowed_steps": sum(step.overflowed for step in steps),
-    }
+    return randomness.keep_masks(epoch, inner, batch.index, len(batch), WIDTHS[: len(DROPOUT)], DROPOUT, repeat)

@@ -18,14 +18,14 @@ import torch.distributed
 COLLECTIVES = [
     name for name in (
         "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_single", "broadcast", "reduce", "gather", "scatter",
-        "reduce_scatter_tensor", "all_to_all_single", "barrier",
+        "reduce_scatter_tensor", "all_to_all_single", "barrier", "isend", "irecv",
     ) if hasattr(torch.distributed.distributed_c10d, name)
 ]  # fmt: skip
 
 
 def install(set_: Callable[[Any, str, Any], None] = setattr) -> dict[str, Any]:
     """-> {"epochs": [...], "collectives": {name: count}}, filled while the run goes on"""
-    from tdpo_cli.train import metrics, train
+    from tdpo_cli.train import epoch, metrics
 
     seen: dict[str, Any] = {"epochs": [], "collectives": dict.fromkeys(COLLECTIVES, 0), "plans": []}
     c10d = torch.distributed.distributed_c10d
@@ -35,19 +35,21 @@ def install(set_: Callable[[Any, str, Any], None] = setattr) -> dict[str, Any]:
             if hasattr(module, name):
                 set_(module, name, counted)
 
-    row, shuffle_plan = metrics.row, train.shuffle_plan
+    row, shuffle_plan = metrics.row, epoch.shuffle_plan
 
-    def spied_row(job: Any, epoch: int, everyone: Any, *others: Any) -> dict[str, Any]:
-        result = row(job, epoch, everyone, *others)
+    def spied_row(job: Any, result: Any) -> dict[str, Any]:
+        written, everyone = row(job, result), result.samples
         state = job.state_dict()
+        held = (everyone.home == job.world.rank).nonzero().flatten().tolist()
         networks = {**state["policy"], **{f"critic.{name}": value for name, value in (state["critic"] or {}).items()}}
         seen["epochs"].append({
-            "prompts": list(everyone.prompts), "sample_ids": everyone.sample_ids.tolist(), "x_T": _digest(everyone.latents[:, 0]),
+            "prompts": list(everyone.prompts), "sample_ids": everyone.sample_ids.tolist(),
+            "x_T": {str(i): _digest(latents[0]) for i, latents in zip(held, everyone.latents, strict=True)},
             "plans": seen["plans"], "weights": _digest(*(networks[name] for name in sorted(networks))), "micro_batch": job.plan.micro_batch,
-            "collectives": sum(seen["collectives"].values()), "row": {key: value for key, value in result.items() if "second" not in key},
+            "collectives": sum(seen["collectives"].values()), "row": {key: value for key, value in written.items() if "second" not in key},
         })  # fmt: skip
         seen["plans"] = []
-        return result
+        return written
 
     def spied_plan(*arguments: Any) -> Any:
         plan = shuffle_plan(*arguments)
@@ -55,7 +57,7 @@ def install(set_: Callable[[Any, str, Any], None] = setattr) -> dict[str, Any]:
         return plan
 
     set_(metrics, "row", spied_row)
-    set_(train, "shuffle_plan", spied_plan)
+    set_(epoch, "shuffle_plan", spied_plan)
     return seen
 
 

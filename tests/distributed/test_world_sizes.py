@@ -109,9 +109,16 @@ def assert_same(ours, theirs, place):
 def test_prompts_noise_and_shuffles_are_exactly_equal(alone, two):
     for worker in two:
         for ours, theirs in zip(alone["epochs"], worker["epochs"], strict=False):
-            assert {key: ours[key] for key in ("prompts", "sample_ids", "x_T", "plans")} == {
-                key: theirs[key] for key in ("prompts", "sample_ids", "x_T", "plans")
-            }
+            assert {key: ours[key] for key in ("prompts", "sample_ids", "plans")} == {key: theirs[key] for key in ("prompts", "sample_ids", "plans")}
+    for ours, first, second in zip(alone["epochs"], *(worker["epochs"] for worker in two), strict=False):
+        assert ours["x_T"] == first["x_T"] | second["x_T"]
+
+
+def test_each_process_holds_the_latents_that_it_sampled_and_sends_none(two):
+    first, second = two
+    for ours, theirs in zip(first["epochs"], second["epochs"], strict=True):
+        assert len(ours["x_T"]) == len(theirs["x_T"]) == 8 and not ours["x_T"].keys() & theirs["x_T"].keys()
+    assert [worker["collectives"]["isend"] for worker in two] == [0, 0]
 
 
 def test_one_process_and_two_agree(alone, two, place):

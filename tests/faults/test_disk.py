@@ -17,7 +17,7 @@ from tdpo_cli.models.families.sd import StableDiffusion
 from tdpo_cli.score.score_file import ScoreFile
 from tdpo_cli.storage import disk, run_dir
 from tdpo_cli.storage.run_dir import RunDir, damage
-from tdpo_cli.train import metrics
+from tdpo_cli.train import saving
 
 
 @pytest.fixture(scope="module")
@@ -160,13 +160,13 @@ def test_a_full_disk_stops_the_run_and_spares_what_was_saved(run, straight, what
         elif what == "LoRA":
             patch.setattr(StableDiffusion, "save", full)
         elif what == "critic":
-            patch.setattr(metrics, "save_file", full)
+            patch.setattr(saving, "save_file", full)
         elif what == "model card":
             real = Path.write_text
             patch.setattr(Path, "write_text", lambda self, *a, **k: full() if self.name == "README.md" else real(self, *a, **k))
         elif what == "preview":
             patch.setattr(Image.Image, "save", full)
-            patch.setattr(metrics, "preview", lambda job, folder, title, file: folder.save_image(file, Image.new("RGB", (8, 8))))
+            patch.setattr(saving, "preview", lambda job, folder, title, file: folder.save_image(file, Image.new("RGB", (8, 8))))
         else:
             patch.setattr(run_dir, "_finite", torn)
         outcome = resume(run, "--epochs", 4)

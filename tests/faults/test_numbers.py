@@ -134,9 +134,9 @@ def test_a_broken_watched_score_is_a_null_mean_and_changes_nothing_else(tmp_path
 def test_a_sample_whose_log_probabilities_broke_is_left_out(tmp_path, monkeypatch):
     import dataclasses
 
-    from tdpo_cli.train import train as training
+    from tdpo_cli.train.rollout import Actor
 
-    real, calls = training.rollout, []
+    real, calls = Actor.rollout, []
 
     def broken(*arguments, **more):
         trajectory = real(*arguments, **more)
@@ -145,7 +145,7 @@ def test_a_sample_whose_log_probabilities_broke_is_left_out(tmp_path, monkeypatc
             trajectory.log_probs[3, 0] = float("nan")
         return dataclasses.replace(trajectory)
 
-    monkeypatch.setattr(training, "rollout", broken)
+    monkeypatch.setattr(Actor, "rollout", broken)
     run, name, outcome = train(tmp_path, "pass")
     assert outcome.status == 0, outcome.err
     assert [row["skipped_steps"] for row in tiny.rows(run)] == [0, 2, 0]

@@ -10,7 +10,8 @@ from helpers import tdpo
 
 from tdpo_cli.machine import signals
 from tdpo_cli.storage.run_dir import RunDir
-from tdpo_cli.train import train as training
+from tdpo_cli.train.rollout import Actor
+from tdpo_cli.train.update import Learner
 
 STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
@@ -50,7 +51,7 @@ def test_a_stopped_run_keeps_what_is_finished(tmp_path, straight, monkeypatch, n
         return wrapped
 
     place, name = {
-        "rollout": (training, "rollout"), "update": (training, "update"),
+        "rollout": (Actor, "rollout"), "update": (Learner, "inner_epoch"),
         "saving the state": (RunDir, "save_state"), "writing the row": (RunDir, "log"),
     }[moment]  # fmt: skip
     with monkeypatch.context() as patch:

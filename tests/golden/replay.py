@@ -12,14 +12,17 @@ from torch import Tensor
 from tdpo_cli import algorithms
 from tdpo_cli.algorithms import kl
 from tdpo_cli.algorithms.critic import Critic
+from tdpo_cli.machine.memory import Plan
 from tdpo_cli.machine.world import World
 from tdpo_cli.models import load as load_policy
 from tdpo_cli.randomness import shuffle_plan, unshuffled
 from tdpo_cli.rewards.backbones import Backbones
 from tdpo_cli.rewards.preprocess import normalise, resize_crop
 from tdpo_cli.rewards.scoring import score_images
+from tdpo_cli.train import losses
 from tdpo_cli.train import update as updates
-from tdpo_cli.train.rollout import rollout
+from tdpo_cli.train.rollout import Actor
+from tdpo_cli.train.state import make_optimizers
 
 
 @dataclass
@@ -84,7 +87,7 @@ class Replay:
         self.encoder = Backbones().clip(str(trace.folder / "model/clip"))
         self.critic = Critic(self.encoder.embed_dim, self.preset.algorithm.critic_init_std)
         trace.load_initial_weights(self.policy, self.critic)
-        self.optimizers = updates.make_optimizers(self.policy, self.critic, self.preset)
+        self.optimizers = make_optimizers(self.policy, self.critic, self.preset)
         self.algorithm = algorithms.make(self.preset)
         self._initial()
         for epoch in range(len(trace.epochs)):
@@ -125,15 +128,14 @@ class Replay:
 
     def _rollout(self, epoch: int, recorded) -> None:
         e, settings = f"e{epoch}/", self.preset.rollout
-        ours = rollout(
-            self.policy, self.critic, self.encoder, self.randomness, [], epoch, range(len(recorded)),
-            settings.guidance_scale, self.preset.needs_reference, self.trace.config["sample"]["batch_size"],
-        )  # fmt: skip
+        plan = Plan.of(self.trace.config["sample"]["batch_size"])
+        actor = Actor(self.policy, self.critic, self.encoder, self.randomness, self.preset, plan)
+        ours = actor.rollout(actor.draw(epoch, []), range(len(recorded)))
         self.inputs |= {e + "noise"}
         self.compare(e + "prompt_ids", self.tokenize(recorded.prompts), 0)
         self.compare(e + "prompt_embeds", ours.texts[ours.text_rows].parts["embeds"], TEXT)
         self.compare(e + "timesteps", self.policy.timesteps[ours.steps].expand(len(recorded), -1), 0)
-        self.compare(e + "latents", ours.latents, LATENT)
+        self.compare(e + "latents", ours.latents, settings.steps * LATENT)  # every step adds its prediction's error
         self.compare(e + "log_probs", ours.log_probs, 10 * LOG_PROB)
         if ours.ref_log_probs is not None:
             self.compare(e + self.trace.ref_log_probs_name, ours.ref_log_probs, 10 * LOG_PROB)
@@ -158,7 +160,7 @@ class Replay:
         with torch.no_grad():
             embeds = torch.stack([self.encoder(images.float() / 255) for images in self.trace[e + "images_step_u8"]])
             self.compare(e + "image_embeds", embeds, EMBED)
-            self.compare(e + "residuals", self.critic(recorded.image_embeds), CRITIC_STEP)
+            self.compare(e + "residuals", self.critic(recorded.image_embeds), FORMULA)
         images = self.trace[e + "images_step_u8"][0].float() / 255
         pixels = normalise(resize_crop(images, self.encoder.image_size), self.encoder.mean, self.encoder.std)
         self.compare(e + "pixel_values_sub", pixels[:, :, 3::24, 5::24], FORMULA)
@@ -210,34 +212,33 @@ class Replay:
         self.compare(p + "step_index", plan.step_index, 0)
         trained = plan.first_columns(self.preset.trained_steps)
         watcher = Watcher(self, recorded, p)
-        steps = updates.update(
-            self.policy, self.critic, self.optimizers, recorded, credit, trained, self.preset, self.randomness, inner,
-            self.trace.config["train"]["batch_size"], World(), watcher,
-        )  # fmt: skip
+        plan_of_work = Plan.of(self.trace.config["train"]["batch_size"])
+        learner = updates.Learner(self.policy, self.critic, self.optimizers, self.preset, self.randomness, plan_of_work, World())
+        steps = learner.inner_epoch(recorded, credit, trained, inner, watcher)
         self._micro_batches(p, steps, watcher)
         self._optimizer(p, watcher)
         self._neurons(epoch, inner, recorded, trained)
 
     def _micro_batches(self, p: str, steps, watcher) -> None:
         batch = self.trace.config["train"]["batch_size"]
-        pairs = lambda name: torch.cat([getattr(step, name) for step in steps]).unflatten(0, (-1, batch))
-        policy_loss, critic_loss = pairs("policy_losses").mean(1), pairs("critic_losses").mean(1)
-        self.compare(p + "mb/sample_index", pairs("sample_index"), 0)
-        self.compare(p + "mb/step_index", pairs("step_index"), 0)
+        pairs = lambda part, name: torch.cat([getattr(getattr(step, part), name) for step in steps]).unflatten(0, (-1, batch))
+        policy_loss, critic_loss = pairs("policy", "losses").mean(1), pairs("critic", "losses").mean(1)
+        self.compare(p + "mb/sample_index", pairs("batch", "sample_index"), 0)
+        self.compare(p + "mb/step_index", pairs("batch", "step_index"), 0)
         self.compare(p + "mb/noise_pred", torch.cat(watcher.predictions).unflatten(0, (-1, batch)), LATENT)
-        self.compare(p + "mb/log_prob", pairs("log_probs"), LOG_PROB)
-        self.compare(p + "mb/log_ratio", pairs("log_ratios"), LOG_PROB)
-        self.compare(p + "mb/ratio", pairs("ratios"), LOG_PROB)
+        self.compare(p + "mb/log_prob", pairs("policy", "log_probs"), LOG_PROB)
+        self.compare(p + "mb/log_ratio", pairs("policy", "log_ratios"), LOG_PROB)
+        self.compare(p + "mb/ratio", pairs("policy", "ratios"), LOG_PROB)
         recorded_ratios = self.trace[p + "mb/log_ratio"]
-        self.compare(p + "mb/approx_kl", torch.stack([updates.approx_kl(row) for row in recorded_ratios]), FORMULA, relative=True)
-        self.compare(p + "mb/residual", pairs("values"), CRITIC_END)
+        self.compare(p + "mb/approx_kl", torch.stack([losses.approx_kl(row) for row in recorded_ratios]), FORMULA, relative=True)
+        self.compare(p + "mb/residual", pairs("critic", "values"), CRITIC_END)
         self.compare(p + "mb/pg_loss", policy_loss, 10 * LOG_PROB)
         self.compare(p + "mb/cf_loss", critic_loss, CRITIC_END)
-        self.compare(p + "mb/loss", updates.total_loss(policy_loss, critic_loss, self.preset.algorithm.critic_coef), 10 * LOG_PROB)
-        self.compare(p + "mb/pg_clipfrac", pairs("policy_clipped").double().mean(1), FORMULA)
-        self.compare(p + "mb/cf_clipfrac", pairs("critic_clipped").double().mean(1), FORMULA)
-        self.compare(p + "opt/grad_norm_lora", torch.stack([step.policy_grad_norm for step in steps]), GRADIENT, relative=True)
-        self.compare(p + "opt/grad_norm_critic", torch.stack([step.critic_grad_norm for step in steps]), CRITIC_END, relative=True)
+        self.compare(p + "mb/loss", losses.total_loss(policy_loss, critic_loss, self.preset.algorithm.critic_coef), 10 * LOG_PROB)
+        self.compare(p + "mb/pg_clipfrac", pairs("policy", "clipped").double().mean(1), FORMULA)
+        self.compare(p + "mb/cf_clipfrac", pairs("critic", "clipped").double().mean(1), FORMULA)
+        self.compare(p + "opt/grad_norm_lora", torch.stack([step.outcome.policy_grad_norm for step in steps]), GRADIENT, relative=True)
+        self.compare(p + "opt/grad_norm_critic", torch.stack([step.outcome.critic_grad_norm for step in steps]), CRITIC_END, relative=True)
 
     def _optimizer(self, p: str, watcher) -> None:
         self.compare(p + "opt/lora_grad_first", watcher.lora_gradients[0], GRADIENT, relative=True)
@@ -301,13 +302,13 @@ class Watcher(updates.Observer):
         self.critic_norms, self.adam_steps = [], []
         self.probes = {"critic": [], "critic_exp_avg": [], "critic_exp_avg_sq": []}
 
-    def before_step(self, index, sample_index, step_index):
+    def before_step(self, step):
         replay, recorded = self.replay, self.recorded
         guidance = replay.preset.rollout.guidance_scale if replay.preset.update.guidance else 1.0
         batch = replay.trace.config["train"]["batch_size"]
         with torch.no_grad():
-            for row, (n, k) in enumerate(zip(sample_index.split(batch), step_index.split(batch), strict=True)):
-                self._hold_off_the_edge(index * (len(sample_index) // batch) + row, n, k, guidance)
+            for row, (n, k) in enumerate(zip(step.sample_index.split(batch), step.step_index.split(batch), strict=True)):
+                self._hold_off_the_edge(step.index * (len(step) // batch) + row, n, k, guidance)
                 self.predictions.append(replay.policy.predict(recorded.latents[n, k], k, recorded.texts, recorded.text_rows[n], guidance))
 
     def _settled(self, ours: Tensor, index: int) -> Tensor:
@@ -340,9 +341,9 @@ class Watcher(updates.Observer):
 
     def after_step(self, step):
         replay, probe = self.replay, self.replay.trace["init/critic_probe_index"]
-        self.lora.append(self._settled(replay.trace.flat_lora(replay.policy.trainable), step.index))
+        self.lora.append(self._settled(replay.trace.flat_lora(replay.policy.trainable), step.batch.index))
         # the next step starts from the recorded weights: Adam turns a rounding error of a near-zero gradient into a whole step
-        replay.trace.load_lora(replay.policy, replay.trace[self.prefix + "opt/lora"][step.index])
+        replay.trace.load_lora(replay.policy, replay.trace[self.prefix + "opt/lora"][step.batch.index])
         for name, vector in replay.critic_vectors().items():
             self.probes[name].append(vector[probe])
         parameters = critic_parameters(replay.critic)

@@ -21,9 +21,9 @@ from tdpo_cli.machine.memory import Plan
 from tdpo_cli.machine.world import World
 from tdpo_cli.randomness import Randomness
 from tdpo_cli.train import train
-from tdpo_cli.train.rollout import rollout
-from tdpo_cli.train.state import build
-from tdpo_cli.train.update import make_optimizers
+from tdpo_cli.train.epoch import run_epoch
+from tdpo_cli.train.rollout import Actor
+from tdpo_cli.train.state import build, make_optimizers
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = str(ROOT / "tests/data/trace_a/model/pipeline")
@@ -54,6 +54,12 @@ def half_policy():
     return policy
 
 
+def three_cats(policy):
+    preset = make_preset(rollout__samples_per_epoch=3, rollout__steps=10, update__batch_size=3)
+    actor = Actor(policy, None, None, Randomness(0), preset, Plan.of(3))
+    return actor.rollout(actor.draw(0, ["a cat"]), range(3))
+
+
 @torch.no_grad()
 def log_ratios(policy, trajectory, latents):
     """log p(x' | x) recomputed from `latents`, against what the rollout recorded. -> [B,T]"""
@@ -66,14 +72,14 @@ def log_ratios(policy, trajectory, latents):
 
 
 def test_latents_and_log_probs_are_fp32_with_half_precision_networks(half_policy):
-    trajectory = rollout(half_policy, None, None, Randomness(0), ["a cat"], 0, range(3), 5.0, False, 3)
+    trajectory = three_cats(half_policy)
     assert trajectory.latents.dtype == trajectory.log_probs.dtype == torch.float32
     assert log_ratios(half_policy, trajectory, trajectory.latents).abs().max() == 0
 
 
 def test_rounded_latents_would_spoil_the_ratio(half_policy):
     """What the official code stores in half precision: on-policy log ratios beyond the clip range of 1e-4."""
-    trajectory = rollout(half_policy, None, None, Randomness(0), ["a cat"], 0, range(3), 5.0, False, 3)
+    trajectory = three_cats(half_policy)
     rounded = trajectory.latents.bfloat16().float()
     assert log_ratios(half_policy, trajectory, rounded).abs().max() > 1e-4
 
@@ -110,7 +116,8 @@ def test_resume_replays_nothing_and_needs_no_older_checkpoint(tmp_path, monkeypa
     shutil.rmtree(tmp_path / "checkpoints")
     shutil.rmtree(tmp_path / "state" / "epoch_0000")
     sampled = []
-    monkeypatch.setattr(train, "rollout", lambda *args, **kwargs: sampled.append(args[5]) or rollout(*args, **kwargs))
+    real = Actor.rollout
+    monkeypatch.setattr(Actor, "rollout", lambda actor, draw, *others: sampled.append(draw.epoch) or real(actor, draw, *others))
     train.run(tiny(run__epochs=3), tmp_path, True, Console(quiet=True))
     assert sampled == [2]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["epoch_0002"]  # numbers go on
@@ -121,7 +128,7 @@ def test_resume_replays_nothing_and_needs_no_older_checkpoint(tmp_path, monkeypa
 def test_all_running_statistics_are_in_the_state(kind):
     preset = tiny(reward__normalise=kind, algorithm__advantage_norm="per-prompt", algorithm__kl_penalty_coef=1.0, algorithm__kl_target=0.1)
     job = build(preset, World(), Plan.of(4))
-    train._epoch(job, 0, Console(quiet=True))
+    run_epoch(job, 0, Console(quiet=True))
     again = build(preset, World(), Plan.of(4))
     again.load_state_dict(job.state_dict())
     for one, other in ((job.algorithm, again.algorithm),):
@@ -144,7 +151,7 @@ def test_gradients_are_exchanged_once_per_optimizer_step():
             self.exchanges += 1
 
     world = Counting()
-    row = train._epoch(build(tiny(), world, Plan.of(1)), 0, Console(quiet=True))
+    row = run_epoch(build(tiny(), world, Plan.of(1)), 0, Console(quiet=True))
     assert world.exchanges == row["updates"] == 4
 
 
@@ -197,7 +204,7 @@ def test_every_reset_draws_new_weights():
 def test_advantages_per_prompt_can_be_asked_for():
     """Officially a call of a method that does not exist."""
     job = build(tiny(algorithm__advantage_norm="per-prompt"), World(), Plan.of(4))
-    assert train._epoch(job, 0, Console(quiet=True))["policy_loss"] is not None
+    assert run_epoch(job, 0, Console(quiet=True))["policy_loss"] is not None
     assert isinstance(job.algorithm.advantage_moments, moments.PerPromptMoments)
 
 

@@ -11,9 +11,10 @@ from tdpo_cli.console import Console
 from tdpo_cli.machine import memory
 from tdpo_cli.machine.world import World
 from tdpo_cli.randomness import Randomness
-from tdpo_cli.train import train
 from tdpo_cli.train import update as updates
+from tdpo_cli.train.epoch import run_epoch
 from tdpo_cli.train.state import build
+from tdpo_cli.train.update import Learner
 
 PRESET = make_preset(
     model__base="sandbox", model__lora_rank=4, model__dtype="fp32", rollout__prompts="sandbox", rollout__samples_per_epoch=16, rollout__steps=10,
@@ -27,7 +28,7 @@ def rows(epochs, change=lambda job: None, preset=PRESET):
     torch.manual_seed(0)
     job = build(preset, World(), memory.Plan.of(8))
     change(job)
-    return [train._epoch(job, epoch, Console(quiet=True)) for epoch in range(epochs)]
+    return [run_epoch(job, epoch, Console(quiet=True)) for epoch in range(epochs)]
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +66,12 @@ def shuffled(patch):
 
 
 def left_out(patch):
-    backward = updates._policy_backward
+    backward = Learner._policy_backward
 
-    def without_the_last_two(policy, optimizers, everyone, credit, samples, ks, *others):
-        return backward(policy, optimizers, everyone, credit, samples[:-2], ks[:-2], *others)
+    def without_the_last_two(learner, material, batch):
+        return backward(learner, material, dataclasses.replace(batch, own=batch.own[:-2]))
 
-    patch.setattr(updates, "_policy_backward", without_the_last_two)
+    patch.setattr(Learner, "_policy_backward", without_the_last_two)
 
 
 def scaled(name):
@@ -116,8 +117,8 @@ def test_a_state_lost_between_epochs_is_beyond_the_bounds(reference):
     """What a resume may get wrong: the optimizers' moments."""
     torch.manual_seed(0)
     job = build(PRESET, World(), memory.Plan.of(8))
-    train._epoch(job, 0, Console(quiet=True))
+    run_epoch(job, 0, Console(quiet=True))
     job.optimizers.policy.state.clear()
-    found = errors(reference[1], train._epoch(job, 1, Console(quiet=True)), PRESET)
+    found = errors(reference[1], run_epoch(job, 1, Console(quiet=True)), PRESET)
     print({column: round(error, 2) for column, error in found.items() if error > 1})
     assert max(found.values()) > 2

@@ -34,6 +34,8 @@ class DDIM:
     @classmethod
     def of(cls, config: dict[str, Any], steps: int, eta: float) -> DDIM:
         """Read any scheduler's config (PNDM, Euler, DDIM, ...) as DDIM's, with its own timestep spacing. Raises RequestError."""
+        if eta > 1:
+            raise RequestError(f"noise (eta) {eta:g}: DDIM's is at most 1.")
         scheduler = _as_ddim(config)
         last = scheduler.config.num_train_timesteps - 1
         if steps > last:

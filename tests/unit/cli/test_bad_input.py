@@ -24,7 +24,8 @@ from tdpo_cli.machine import memory
 from tdpo_cli.sandbox import ZOO
 from tdpo_cli.score import captions
 from tdpo_cli.storage.run_dir import RunDir
-from tdpo_cli.train import train as training
+from tdpo_cli.train.rollout import Actor
+from tdpo_cli.train.update import Learner
 
 SMALL = {
     "model.base": "sandbox", "model.lora_rank": 2, "model.dtype": "fp32", "rollout.prompts": "sandbox", "rollout.samples_per_epoch": 4,
@@ -218,16 +219,15 @@ def test_a_state_of_another_lora_rank_is_named(run):
 # --- memory -------------------------------------------------------------------------------------------------------------------
 def short_of_memory(monkeypatch, most, error):
     """Rollouts of more than `most` samples at a time do not fit."""
-    real, asked = training.rollout, []
+    real, asked = Actor.rollout, []
 
-    def tight(*arguments, **more):
-        micro_batch = arguments[9]
-        asked.append(micro_batch)
-        if micro_batch > most:
+    def tight(actor, *arguments):
+        asked.append(actor.plan.sample_batch)
+        if actor.plan.sample_batch > most:
             raise error
-        return real(*arguments, **more)
+        return real(actor, *arguments)
 
-    monkeypatch.setattr(training, "rollout", tight)
+    monkeypatch.setattr(Actor, "rollout", tight)
     return asked
 
 
@@ -249,18 +249,18 @@ def test_an_automatic_micro_batch_gets_smaller_until_it_fits(monkeypatch, error)
 
 
 def test_memory_that_runs_out_in_the_middle_of_an_epoch_costs_that_epoch_only(monkeypatch):
-    real, calls = training.update, []
+    real, calls = Learner.inner_epoch, []
     smooth = {"update__clip_range": 0.5, "update__clip_range_critic": 0.0}  # at a clip range the last bit decides a whole pair
 
-    def update(*arguments, **more):
-        calls.append(arguments[9])
+    def inner_epoch(learner, *arguments):
+        calls.append(learner.plan.micro_batch)
+        steps = real(learner, *arguments)
         if len(calls) == 2:  # of epoch 1, after statistics were taken
-            real(*arguments, **more)
             raise ERRORS[0]
-        return real(*arguments, **more)
+        return steps
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "update", update)
+        patch.setattr(Learner, "inner_epoch", inner_epoch)
         outcome = train("--out", "run", run__epochs=3, **smooth)
     assert outcome.status == 0, outcome.err
     rows = RunDir(Path("run")).read_metrics()

@@ -29,9 +29,10 @@ from tdpo_cli.overoptimisation import verdict
 from tdpo_cli.rewards import scoring
 from tdpo_cli.rewards.backbones import Backbones
 from tdpo_cli.sandbox import ZOO
-from tdpo_cli.train import train
-from tdpo_cli.train.state import build
-from tdpo_cli.train.update import make_optimizers
+from tdpo_cli.storage.run_dir import RunDir
+from tdpo_cli.train import saving, train
+from tdpo_cli.train.epoch import run_epoch
+from tdpo_cli.train.state import build, make_optimizers
 
 # four samples of two prompts in two steps: small, and enough for every option to matter
 SMALL = {
@@ -106,7 +107,7 @@ CHANGES_THE_RUN = {
 def small_run(overrides: tuple) -> dict:
     """What a run leaves behind, in numbers: metrics, weights, the algorithm's memory."""
     job = start(dict(overrides))
-    rows = [train._epoch(job, epoch, Console(quiet=True)) for epoch in range(job.preset.run.epochs)]
+    rows = [run_epoch(job, epoch, Console(quiet=True)) for epoch in range(job.preset.run.epochs)]
     timeless = [{k: v for k, v in row.items() if "second" not in k and k != "peak_memory_bytes"} for row in rows]
     return {"rows": timeless, "state": job.state_dict(), "job": job}
 
@@ -230,7 +231,7 @@ def test_guidance_off_while_training_moves_the_ratio():
 
 def test_micro_batch_never_changes_the_result():
     one, many = start(SMOOTH, micro_batch=1), start(SMOOTH, micro_batch=8)
-    assert_same_run(*(train._epoch(job, 0, Console(quiet=True)) for job in (one, many)), one.preset)
+    assert_same_run(*(run_epoch(job, 0, Console(quiet=True)) for job in (one, many)), one.preset)
 
 
 # --- options that are no part of the mathematics ------------------------------------------------------------------------
@@ -379,9 +380,9 @@ def run_folder(tmp_path):
 
 def preview_images():
     """run.preview_images 0 draws none (as in every run here)"""
-    from tdpo_cli.train import metrics
+    from tdpo_cli.train import saving
 
-    assert metrics.preview(run_with({})["job"], None, "", "") is None
+    assert saving.preview(run_with({})["job"], None, "", "") is None
 
 
 def stopping_early(tmp_path, monkeypatch):
@@ -414,9 +415,9 @@ def max_bad_steps(monkeypatch):
         monkeypatch.setattr(Policy, "transition", broken)
         if stops:
             with pytest.raises(WorkError, match="2 optimizer steps with a non-finite loss"):
-                train._epoch(job, 0, Console(quiet=True))
+                run_epoch(job, 0, Console(quiet=True))
         else:
-            row = train._epoch(job, 0, Console(quiet=True))
+            row = run_epoch(job, 0, Console(quiet=True))
             assert row["skipped_steps"] == 2 and row["updates"] == 2
         monkeypatch.setattr(Policy, "transition", real)
 
@@ -458,7 +459,33 @@ def compiled():
         assert blocks and {module._compiled_call_impl is not None for module in blocks} == {wanted}
 
 
+def shown_images(tmp_path, monkeypatch):
+    """[sampling] reaches previews; without it they are made as the rollout samples."""
+    pictures = {}
+    for key, value in {"": None, "sampling.steps": 4, "sampling.guidance_scale": 2.5, "sampling.noise": 0.0}.items():
+        job, folder = start({"run.preview_images": 1} | ({key: value} if key else {})), RunDir(tmp_path / (key or "plain"))
+        (folder.path / "images").mkdir(parents=True)
+        saving.preview(job, folder, "title", "shown.png")
+        pictures[key] = (folder.path / "images/shown.png").read_bytes()
+        assert len(job.policy.timesteps) == job.preset.rollout.steps  # the rollout's schedule is untouched
+    assert len(set(pictures.values())) == 4
+    as_rollout = settings_of({"rollout.eta": 0.8}).shown
+    assert (as_rollout.steps, as_rollout.guidance_scale, as_rollout.noise) == (2, 2.0, 0.8)
+
+
+def resolution():
+    """Pixels: one number or two; latents follow, and what does not divide is refused."""
+    shapes = {value: start({"model.resolution": value}).policy.latent_shape for value in (32, (16, 48))}
+    assert shapes == {32: (4, 8, 8), (16, 48): (4, 4, 12)}
+    with pytest.raises(RequestError, match="model.resolution 33 x 33: both must be multiples of 4"):
+        start({"model.resolution": 33})
+
+
 ELSEWHERE = {
+    "sampling.steps": shown_images,
+    "sampling.guidance_scale": shown_images,
+    "sampling.noise": shown_images,
+    "model.resolution": resolution,
     "model.base": base,
     "model.revision": revision,
     "model.start_from": start_from,
@@ -566,7 +593,7 @@ def with_scaler(scale: float):
 
 def test_the_scaler_changes_no_number():
     scaled, plain = with_scaler(2.0**10), start({"update.max_grad_norm": 1.0})
-    rows = [train._epoch(job, 0, Console(quiet=True)) for job in (scaled, plain)]
+    rows = [run_epoch(job, 0, Console(quiet=True)) for job in (scaled, plain)]
     assert abs(rows[0]["policy_grad_norm"] - rows[1]["policy_grad_norm"]) <= bound("policy_grad_norm", rows[1], plain.preset)
     assert rows[0]["critic_grad_norm"] == rows[1]["critic_grad_norm"]  # the critic is never scaled
     assert rows[0]["overflowed_steps"] == rows[0]["skipped_steps"] == 0
@@ -575,7 +602,7 @@ def test_the_scaler_changes_no_number():
 def test_an_overflow_skips_the_policy_step_only_and_is_no_fault(monkeypatch):
     job = with_scaler(2.0**126)  # times any gradient: infinite in fp32
     before = job.policy.state_dict(), {k: v.clone() for k, v in job.critic.state_dict().items()}
-    row = train._epoch(job, 0, Console(quiet=True))
+    row = run_epoch(job, 0, Console(quiet=True))
     assert row["overflowed_steps"] >= 1 and row["skipped_steps"] == 0 and job.bad_steps == 0
     assert row["updates"] == 4
     assert row["policy_loss"] is not None and row["critic_loss"] is not None
@@ -595,12 +622,12 @@ def test_a_broken_loss_is_a_fault_with_a_scaler_too(monkeypatch):
     job = with_scaler(1024.0)
     monkeypatch.setattr(Policy, "transition", broken)
     with pytest.raises(WorkError, match="every optimizer step of the epoch had a non-finite loss"):
-        train._epoch(job, 0, Console(quiet=True))
+        run_epoch(job, 0, Console(quiet=True))
 
 
 def test_the_scale_is_checkpointed():
     job = with_scaler(2.0**126)
-    train._epoch(job, 0, Console(quiet=True))
+    run_epoch(job, 0, Console(quiet=True))
     state = job.state_dict()
     again = with_scaler(1.0)
     again.load_state_dict(state)
@@ -620,14 +647,14 @@ def test_8bit_adamw_trains_and_resumes_on_a_cpu(tmp_path):
     pytest.importorskip("bitsandbytes")
     changes = {"model.lora_rank": 0, "update.optimizer": "adamw-8bit", "update.learning_rate": 1e-5}
     job = start(changes)
-    train._epoch(job, 0, Console(quiet=True))
+    run_epoch(job, 0, Console(quiet=True))
     state = job.state_dict()
     assert torch.uint8 in {entry["state1"].dtype for entry in job.optimizers.policy.state.values()}
     torch.save(state, tmp_path / "state.pt")  # as a run's state is written and read
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     again = start(changes)
     again.load_state_dict(state)
-    rows = [train._epoch(one, 1, Console(quiet=True)) for one in (job, again)]
+    rows = [run_epoch(one, 1, Console(quiet=True)) for one in (job, again)]
     assert rows[0]["policy_loss"] == rows[1]["policy_loss"]
     assert same(job.policy.state_dict(), again.policy.state_dict())
 
@@ -640,7 +667,7 @@ def test_a_gpu_computes_in_the_asked_type(dtype, rank):
     preset = settings_of({"rollout.prompts": str(two_prompts()), "model.dtype": dtype, "model.lora_rank": rank, "update.learning_rate": 1e-5})
     job = build(preset, World(device="cuda"), memory.Plan.of(8))
     assert job.optimizers.scaler.is_enabled() == (dtype == "fp16")
-    row = train._epoch(job, 0, Console(quiet=True))
+    row = run_epoch(job, 0, Console(quiet=True))
     assert {p.dtype for p in job.policy.trainable.values()} == {p.dtype for p in job.critic.parameters()} == {torch.float32}
     assert row["skipped_steps"] == 0 and row["policy_loss"] is not None
     assert row["ratio_drift"] < 1e-3
@@ -652,4 +679,4 @@ def test_8bit_adamw_on_a_gpu():
     preset = settings_of({"rollout.prompts": str(two_prompts()), "model.dtype": "fp16", "update.optimizer": "adamw-8bit"})
     job = build(preset, World(device="cuda"), memory.Plan.of(8))
     assert type(job.optimizers.policy).__name__ == "AdamW8bit"
-    assert train._epoch(job, 0, Console(quiet=True))["skipped_steps"] == 0
+    assert run_epoch(job, 0, Console(quiet=True))["skipped_steps"] == 0

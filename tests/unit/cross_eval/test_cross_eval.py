@@ -16,12 +16,12 @@ import tiny
 from helpers import tdpo
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tdpo_cli.models.checkpoints import Checkpoint
 
 from tdpo_cli.config import prompts
 from tdpo_cli.console import Console
 from tdpo_cli.cross_eval import figure, result, tables
 from tdpo_cli.cross_eval.candidates import Model, Sampling
+from tdpo_cli.models.checkpoints import Checkpoint
 from tdpo_cli.overoptimisation import statistics
 from tdpo_cli.report import cross_eval_page as page
 from tdpo_cli.storage.run_dir import damage
@@ -123,7 +123,7 @@ def test_the_json_says_what_was_compared(evaluated):
     assert [(model["reward_queries"], model["updates"]) for model in (first, last)] == [(4, 2), (8, 4)]
     (one,) = found["runs"]
     assert (one["run"], one["models"]) == ("run", ["run/epoch_0000", "run/epoch_0001"])
-    assert one["verdict"] == "5 prompts are too few, 10 are needed: no verdict"
+    assert one["verdict"] == {"kind": "no verdict", "sentence": "5 prompts are too few, 10 are needed: no verdict", "since": None}
     assert found["matrix"]["standardised"] == [[last["rewards"][name]["standardised"] for name in REWARDS]]
 
 
@@ -194,7 +194,7 @@ def test_an_adapter_of_zeros_differs_by_exactly_nothing(run, evaluated, place):
     assert (model["run"], model["epoch"], model["trained_reward"], model["reward_queries"]) == (None, None, None, None)
     (one,) = content(out)["runs"]
     assert (one["run"], one["models"], one["algorithm"]) == ("zero", ["zero"], None)
-    assert one["verdict"] == "what it was trained on is not known: no verdict"
+    assert one["verdict"]["sentence"] == "what it was trained on is not known: no verdict"
 
 
 def test_every_image_has_its_own_noise_and_another_seed_other_images(evaluated, place):
@@ -230,6 +230,23 @@ def test_a_finished_evaluation_is_only_drawn_again(run, evaluated):
     outcome = tdpo("cross-eval", run, *QUICK[:4], "--seed", 3, "--out", evaluated)  # the batch size may be left out
     assert outcome.status == 0 and "drawn anew" in outcome.err
     assert (evaluated / "cross_eval.json").read_bytes() == before and (evaluated / "cross_eval.csv").exists()
+
+
+def test_a_result_of_an_earlier_version_is_drawn_again(run, evaluated, place):
+    """Its verdict is a sentence."""
+    older = shutil.copytree(evaluated, place / "older")
+    found = content(older)
+    found["runs"][0]["verdict"] = sentence = "aesthetic +1.10 sd, others -0.30 sd since epoch 0: over-optimising"
+    (older / "cross_eval.json").write_text(json.dumps(found))
+    outcome = tdpo("cross-eval", run, *QUICK, "--out", older, "--json")
+    assert outcome.status == 0, outcome.err
+    assert json.loads(outcome.out)["verdicts"] == {"run": {"kind": "over-optimising", "sentence": sentence, "since": 0}}
+    assert (
+        f"- {sentence}\n" in (older / "cross_eval.md").read_text()
+        and f'<p class="verdict bad">{sentence}</p>' in (older / "cross_eval.html").read_text()
+    )
+    assert f"Over the run's checkpoints: {sentence}." in (run / "checkpoints/epoch_0001/README.md").read_text()
+    assert tdpo("cross-eval", run, *QUICK, "--out", evaluated, "--quiet").status == 0  # the cards as they were
 
 
 @pytest.mark.parametrize(
@@ -419,7 +436,8 @@ def _part(aesthetic, pickscore, hpsv2, gold):
 
 def test_the_verdict_names_the_epoch_after_which_the_others_fell():
     found = made_up()["runs"][0]
-    assert found["verdict"].endswith("since epoch 1: over-optimising")
+    assert found["verdict"]["sentence"].endswith("since epoch 1: over-optimising")
+    assert (found["verdict"]["kind"], found["verdict"]["since"]) == ("over-optimising", 1)
     assert found["since_best"]["epoch"] == 1 and found["since_best"]["others"]["mean"] < -1
     assert found["peak_to_final"]["pickscore"]["peak_epoch"] == 1
     drop = found["peak_to_final"]["pickscore"]

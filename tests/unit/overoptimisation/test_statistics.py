@@ -4,19 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
-import torch
 
 from tdpo_cli.overoptimisation import statistics
 from tdpo_cli.overoptimisation.statistics import estimate, resample
-from tdpo_cli.rewards import scoring
 
 ALL_OF_TWO = np.array([[2.0, 0.0], [1.0, 1.0], [0.0, 2.0]])  # every way to draw two prompts twice
-
-
-def change(trained, others, held_out=None):
-    """Estimates as since_best gives them: (mean, half width) each."""
-    band = lambda mean, half: {"mean": mean, "low": mean - half, "high": mean + half}
-    return {"trained": band(*trained), "others": band(*others), "others_held_out": band(*(held_out or others))}
 
 
 # --- intervals ----------------------------------------------------------------------------------------------------------
@@ -163,134 +155,3 @@ def test_luck_in_choosing_the_best_checkpoint_is_no_fall():
         for name in falls:
             falls[name] += moved[name]["high"] < 0
     assert falls["others_held_out"] / 200 < 0.07 < falls["others"] / 200
-
-
-# --- how alike rewards judge ----------------------------------------------------------------------------------------------
-def scored(prompts=24, images=4, alike=1.0, seed=0):
-    """Scores of three rewards that share a part of what they see of an image; prompts differ much."""
-    draw = np.random.default_rng(seed)
-    shared, easy = draw.normal(size=(prompts, images)), 10 * draw.normal(size=(prompts, 1))
-    own = {name: draw.normal(size=(prompts, images)) for name in ("aesthetic", "pickscore", "hpsv2")}
-    scores = {name: easy + alike * shared + 0.5 * values for name, values in own.items()}
-    return {**scores, "gold": draw.normal(size=(prompts, images))}
-
-
-def test_agreement_is_the_one_of_training():
-    """All images at once, as an epoch's samples: the same number as tdpo_cli.rewards.scoring gives."""
-    scores = scored()
-    sums = statistics.agreement_sums(scores, "aesthetic")
-    flat = {name: torch.tensor(values).flatten() for name, values in scores.items()}
-    prompts = [str(p) for p in range(24) for _ in range(4)]
-    expected = scoring.agreement(flat["aesthetic"], [flat["pickscore"], flat["hpsv2"]], prompts)
-    assert statistics.correlation(sums.sum(axis=0)) == pytest.approx(expected, abs=1e-9)
-    assert 0.5 < expected < 1
-
-
-def test_agreement_by_hand_over_the_resamples():
-    sums = np.array([[1.0, 1.0, 1.0], [0.0, 1.0, 1.0]])  # one prompt in full agreement, one in none
-    found = statistics.agreements(sums, np.array([[-1.0, 1, 1], [0, 1, 1]]), ALL_OF_TWO)
-    assert found["base"] == pytest.approx({"mean": 0.5, "low": 0.025, "high": 0.975})  # the resamples: 1, 1/2, 0
-    assert found["change"] == pytest.approx({"mean": -1.0, "low": -1.95, "high": -0.05})
-
-
-def test_an_image_with_a_missing_score_is_no_part_of_the_agreement():
-    scores, shorter = scored(images=4), scored(images=4)
-    for name, values in shorter.items():
-        shorter[name] = values[:, :3]
-    scores["pickscore"][:, 3] = np.nan
-    assert statistics.agreement_sums(scores, "aesthetic") == pytest.approx(statistics.agreement_sums(shorter, "aesthetic"))
-
-
-@pytest.mark.parametrize(
-    "scores, trained",
-    [
-        (scored(images=1), "aesthetic"),
-        (scored(), "gold"),
-        (scored(), None),
-        ({"aesthetic": np.ones((3, 2)), "gold": np.ones((3, 2))}, "aesthetic"),
-        ({"aesthetic": np.full((3, 2), np.nan), "pickscore": np.ones((3, 2))}, "aesthetic"),
-    ],
-)
-def test_without_two_images_or_another_learned_reward_there_is_no_agreement(scores, trained):
-    assert statistics.agreement_sums(scores, trained) is None
-
-
-def test_one_prompt_that_is_known_gives_an_agreement_without_interval():
-    base, model = scored(prompts=12), scored(prompts=12, alike=0.1)
-    for scores in (base, model):
-        scores["hpsv2"][1:] = np.nan
-    sums = [statistics.agreement_sums(scores, "aesthetic") for scores in (base, model)]
-    found = statistics.agreements(*sums, resample(12, 0))
-    assert found["change"]["mean"] is not None and found["change"]["low"] is None and not statistics.parted(found)
-
-
-def test_rewards_without_spread_have_no_agreement_and_raise_no_doubt():
-    flat = statistics.agreement_sums({name: np.ones((12, 2)) for name in ("aesthetic", "pickscore")}, "aesthetic")
-    found = statistics.agreements(flat, flat, resample(12, 0))
-    assert found["change"] == {"mean": None, "low": None, "high": None} and not statistics.parted(found)
-
-
-def test_rewards_part_where_they_agree_clearly_less_than_on_the_base():
-    draws = resample(24, 0)
-    sums = {alike: statistics.agreement_sums(scored(alike=alike), "aesthetic") for alike in (2.0, 1.9, 0.2)}
-    assert statistics.parted(statistics.agreements(sums[2.0], sums[0.2], draws))
-    assert not statistics.parted(statistics.agreements(sums[2.0], sums[1.9], draws))
-    assert not statistics.parted(statistics.agreements(sums[0.2], sums[2.0], draws))
-    assert not statistics.parted(None)
-
-
-# --- in words -------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "since_base, best_epoch, best, ending",
-    [
-        (change((2, 0.1), (0.4, 0.1)), 14, change((1.1, 0.1), (-0.3, 0.1)), "aesthetic +1.10 sd, others -0.30 sd since epoch 14: over-optimising"),
-        (change((2, 0.1), (-0.3, 0.1)), None, change((2, 0.1), (-0.3, 0.1)), "aesthetic +2.00 sd, others -0.30 sd against the base: over-optimising"),
-        (change((1, 0.1), (0.4, 0.1)), 14, change((-0.5, 0.1), (-0.3, 0.1)), "aesthetic -0.50 sd, others -0.30 sd since epoch 14: declining"),
-        (change((2, 0.1), (0.4, 0.1)), 14, change((0.5, 0.1), (-0.1, 0.2)), "aesthetic +0.50 sd, others -0.10 sd since epoch 14: stalled"),
-        (change((2, 0.1), (0.4, 0.1)), 59, change((0, 0), (0, 0)), "aesthetic +2.00 sd, others +0.40 sd against the base: improving"),
-        (change((2, 0.1), (0.1, 0.2)), 59, change((0, 0), (0, 0)), "aesthetic +2.00 sd, others +0.10 sd against the base: unclear"),
-        # the fall is luck: not there on the held-out halves
-        (change((2, 0.1), (0.4, 0.1)), 14, change((0.1, 0.2), (-0.3, 0.1), (-0.1, 0.2)), "against the base: improving"),
-    ],
-)  # fmt: skip
-def test_the_verdict_says_what_the_intervals_say(since_base, best_epoch, best, ending):
-    assert statistics.verdict("aesthetic", 48, since_base, best_epoch, best, None).endswith(ending)
-
-
-PARTED = {
-    "base": {"mean": 0.8, "low": 0.7, "high": 0.9},
-    "model": {"mean": 0.5, "low": 0.3, "high": 0.6}, "change": {"mean": -0.3, "low": -0.4, "high": -0.2},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "best, ending",
-    [
-        (change((0, 0), (0, 0)), "aesthetic +2.00 sd, others +0.40 sd against the base, but they agree less (0.80 -> 0.50): doubtful"),
-        (change((0.5, 0.1), (-0.1, 0.2)), "against the base, but they agree less (0.80 -> 0.50): doubtful"),  # else: stalled
-        (change((1.1, 0.1), (-0.3, 0.1)), "aesthetic +1.10 sd, others -0.30 sd since epoch 14: over-optimising"),  # the plainer sign
-    ],
-)
-def test_a_rise_under_rewards_that_part_is_doubtful(best, ending):
-    since_base = change((2, 0.1), (0.4, 0.1))
-    assert statistics.verdict("aesthetic", 48, since_base, 14, best, PARTED).endswith(ending)
-    assert "doubtful" not in statistics.verdict("aesthetic", 48, since_base, 14, best, {**PARTED, "change": {"mean": -0.3, "low": -0.7, "high": 0.1}})
-
-
-@pytest.mark.parametrize(
-    "trained, prompts, known, reason",
-    [
-        (None, 48, True, "what it was trained on is not known"),
-        ("gold", 48, True, "trained on gold, the truth itself"),
-        ("aesthetic", 48, False, "no other learned reward beside aesthetic was evaluated"),
-        ("aesthetic", statistics.FEWEST_PROMPTS - 1, True, "9 prompts are too few, 10 are needed"),
-    ],
-)
-def test_where_nothing_can_be_judged_the_verdict_says_why(trained, prompts, known, reason):
-    numbers = change((2, 0.1), (0.4, 0.1)) if known else None
-    assert statistics.verdict(trained, prompts, numbers, None, numbers, None) == f"{reason}: no verdict"
-
-
-def test_a_reward_without_known_scores_is_no_verdict():
-    unknown = {name: {"mean": None, "low": None, "high": None} for name in ("trained", "others", "others_held_out")}
-    assert statistics.verdict("aesthetic", 48, unknown, None, unknown, None) == "too few scores are known: no verdict"

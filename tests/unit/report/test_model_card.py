@@ -179,7 +179,8 @@ def make_result(name="my-run/epoch_0002", mean=0.75, run="my-run"):
             "diversity_difference": estimate(-0.5)}  # fmt: skip
     return {
         "seed": 3, "per_prompt": 4, "prompt_source": "/home/someone/held-out.txt", "prompts": ["a", "b"], "rewards": ["aesthetic", "gold"],
-        "bootstrap": {"level": 0.95}, "models": [base, ours], "runs": [{"run": run, "verdict": "aesthetic +0.8 sd: improving"}],
+        "bootstrap": {"level": 0.95}, "models": [base, ours],
+        "runs": [{"run": run, "verdict": {"kind": "improving", "sentence": "aesthetic +0.8 sd: improving", "since": None}}],
     }  # fmt: skip
 
 

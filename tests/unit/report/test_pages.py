@@ -654,7 +654,7 @@ def evaluated(folder, **shape):
 
 def test_a_cross_evaluation_shows_every_run(tmp_path):
     result, _, document = evaluated(tmp_path / "eval")
-    assert document.text("p", "verdict") == [run["verdict"] for run in result["runs"]]
+    assert document.text("p", "verdict") == [run["verdict"]["sentence"] for run in result["runs"]]
     assert [title for title in document.text("h2") if title.startswith("run-")] == ["run-0", "run-1"]
     assert document.text("h3").count("Win rates") == document.text("h3").count("Diversity") == 2
     shown = document.data("readings")[0]
@@ -695,7 +695,7 @@ def test_a_checkpoint_of_no_run_has_a_page(tmp_path):
         "run": "weights.safetensors",
         "algorithm": None,
         "trained_reward": None,
-        "verdict": "what it was trained on is not known: no verdict",
+        "verdict": {"kind": "no verdict", "sentence": "what it was trained on is not known: no verdict", "since": None},
     }
     result["matrix"]["trained"] = ["weights.safetensors"]
     document = assert_asks_for_nothing(cross_eval_page.render(result, tmp_path))

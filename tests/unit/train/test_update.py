@@ -10,71 +10,14 @@ from tolerances import EPS, same_output
 
 from tdpo_cli.algorithms.critic import Critic
 from tdpo_cli.errors import WorkError
+from tdpo_cli.machine.memory import Plan
 from tdpo_cli.machine.world import World
 from tdpo_cli.randomness import Randomness, unshuffled
-from tdpo_cli.train.update import (
-    Observer,
-    approx_kl,
-    critic_loss,
-    make_optimizers,
-    policy_loss,
-    summarise,
-    total_loss,
-    update,
-)
+from tdpo_cli.train.losses import approx_kl, critic_loss, policy_loss
+from tdpo_cli.train.metrics import summarise
+from tdpo_cli.train.state import make_optimizers
+from tdpo_cli.train.update import Learner, Observer
 from tdpo_cli.types import Credit
-
-# ratio, advantage, clip range -> loss, clipped: -min(A r, A clip(r)) by hand
-POLICY_TABLE = [
-    (1.00, 2.0, 0.1, -2.0, False),
-    (1.05, 2.0, 0.1, -2.1, False),  # inside the range the ratio counts
-    (1.30, 2.0, 0.1, -2.2, True),  # a good step that already became likelier: no more credit
-    (0.70, 2.0, 0.1, -1.4, False),  # a good step that became less likely: full pull back
-    (0.70, -2.0, 0.1, 1.8, True),  # a bad step that already became less likely
-    (1.30, -2.0, 0.1, 2.6, False),  # a bad step that became likelier: full push
-    (1.30, 0.0, 0.1, 0.0, False),
-]
-
-
-@pytest.mark.parametrize("ratio, advantage, clip_range, loss, clipped", POLICY_TABLE)
-def test_policy_loss_by_hand(ratio, advantage, clip_range, loss, clipped):
-    ratio = torch.tensor([ratio], dtype=torch.float64, requires_grad=True)
-    losses, binds = policy_loss(ratio, torch.tensor([advantage], dtype=torch.float64), clip_range)
-    assert losses.item() == pytest.approx(loss)
-    assert binds.item() is clipped
-    losses.sum().backward()
-    assert ratio.grad.item() == pytest.approx(0 if clipped else -advantage)
-
-
-# value, old value, return, clip range -> loss, clipped
-CRITIC_TABLE = [
-    (1.0, 1.0, 3.0, 0.2, 2.0, False),
-    (1.1, 1.0, 3.0, 0.2, 0.5 * 1.9**2, False),
-    (2.0, 1.0, 3.0, 0.2, 0.5 * 1.8**2, True),  # moved past the range towards the return: clipped at 1.2
-    (0.0, 1.0, 3.0, 0.2, 0.5 * 3.0**2, False),  # moved away: the worse of both is its own
-    (4.0, 1.0, 3.0, 0.2, 0.5 * 1.8**2, True),  # overshot, but less than the clipped value lags
-    (2.0, 1.0, 3.0, 0.0, 0.5, False),  # 0: no clipping
-]
-
-
-@pytest.mark.parametrize("value, old_value, target, clip_range, loss, clipped", CRITIC_TABLE)
-def test_critic_loss_by_hand(value, old_value, target, clip_range, loss, clipped):
-    column = lambda x: torch.tensor([x], dtype=torch.float64)
-    losses, binds = critic_loss(column(value), column(old_value), column(target), clip_range)
-    assert losses.item() == pytest.approx(loss)
-    assert binds.item() is clipped
-
-
-def test_approx_kl_by_hand():
-    log_ratios = torch.tensor([0.0, 0.5, -0.5])
-    expected = (0 + (math.exp(0.5) - 1.5) + (math.exp(-0.5) - 0.5)) / 3
-    assert approx_kl(log_ratios).item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_total_loss_weighs_the_critic():
-    assert total_loss(torch.tensor(2.0), torch.tensor(3.0), 0.5).item() == 3.5
-    assert total_loss(torch.tensor(2.0), None, 0.5).item() == 2.0
-
 
 ROUNDING = 16 * EPS  # of two log-probs of the linear policy: a few operations on numbers of size 1 to 4
 
@@ -103,10 +46,8 @@ class Setup:
         self.plan = unshuffled(samples, 3).first_columns(self.preset.trained_steps)
 
     def run(self, observer=None):
-        return update(
-            self.policy, self.critic, self.optimizers, self.everyone, self.credit, self.plan, self.preset,
-            Randomness(3), 0, self.micro_batch, World(), observer or Observer(),
-        )  # fmt: skip
+        learner = Learner(self.policy, self.critic, self.optimizers, self.preset, Randomness(3), Plan.of(self.micro_batch), World())
+        return learner.inner_epoch(self.everyone, self.credit, self.plan, 0, observer or Observer())
 
     @property
     def weights(self):
@@ -116,9 +57,9 @@ class Setup:
 
 def test_ratio_drift_is_zero_at_the_first_step_and_not_later():
     steps = Setup().run()
-    assert steps[0].log_ratios.abs().max() <= ROUNDING
+    assert steps[0].policy.log_ratios.abs().max() <= ROUNDING
     # the second slot is scored under moved weights
-    assert steps[-1].log_ratios.abs().max() > 1e-4
+    assert steps[-1].policy.log_ratios.abs().max() > 1e-4
     assert summarise(steps, World())["ratio_drift"] <= ROUNDING
 
 
@@ -161,18 +102,18 @@ def test_number_and_size_of_optimizer_steps(settings, steps, pairs):
     setup = Setup(**settings)
     taken = setup.run()
     assert len(taken) == steps == setup.preset.updates_per_epoch
-    assert {len(step.sample_index) for step in taken} == {pairs}
+    assert {len(step.batch.sample_index) for step in taken} == {pairs}
 
 
 @pytest.mark.parametrize("mode", ["per-timestep", "all-timesteps"])
 def test_every_pair_is_visited_once(mode):
     steps = Setup(algorithm__name="ddpo", algorithm__update_mode=mode).run()
-    visited = [pair for step in steps for pair in zip(step.sample_index.tolist(), step.step_index.tolist(), strict=True)]
+    visited = [pair for step in steps for pair in zip(step.batch.sample_index.tolist(), step.batch.step_index.tolist(), strict=True)]
     assert sorted(visited) == [(i, k) for i in range(6) for k in range(3)]
 
 
 def test_slots_are_the_outer_loop():
-    assert [step.step_index.tolist() for step in Setup().run()] == [[0] * 3] * 2 + [[1] * 3] * 2 + [[2] * 3] * 2
+    assert [step.batch.step_index.tolist() for step in Setup().run()] == [[0] * 3] * 2 + [[1] * 3] * 2 + [[2] * 3] * 2
 
 
 def test_ddpo_has_no_critic_to_update():
@@ -186,15 +127,15 @@ def test_training_without_guidance_ignores_the_rollouts():
     on = Setup(rollout__guidance_scale=5.0)
     off = Setup(rollout__guidance_scale=5.0, update__guidance=False)
     # the trajectory was made without guidance, so only `off` finds its own log-probs again
-    assert off.run()[0].log_ratios.abs().max() <= ROUNDING
-    assert on.run()[0].log_ratios.abs().max() > 1e-3
+    assert off.run()[0].policy.log_ratios.abs().max() <= ROUNDING
+    assert on.run()[0].policy.log_ratios.abs().max() > 1e-3
 
 
 def test_dropout_can_be_switched_off():
     setup = Setup(algorithm__critic_dropout=False)
     expected = setup.critic(setup.everyone.image_embeds[:3, 0])
-    assert same_output(setup.run()[0].values, expected)
-    assert not Setup().run()[0].values.allclose(expected, atol=1e-4)
+    assert same_output(setup.run()[0].critic.values, expected)
+    assert not Setup().run()[0].critic.values.allclose(expected, atol=1e-4)
 
 
 def test_more_critic_steps_move_the_critic_alone():
@@ -218,7 +159,7 @@ def test_more_critic_steps_move_the_critic_alone():
 
 
 def test_critic_coef_scales_the_critics_gradient():
-    norms = [Setup(algorithm__critic_coef=coef).run()[0].critic_grad_norm.item() for coef in (1.0, 0.25)]
+    norms = [Setup(algorithm__critic_coef=coef).run()[0].outcome.critic_grad_norm.item() for coef in (1.0, 0.25)]
     assert norms[1] == pytest.approx(norms[0] / 4, rel=1e-5)
 
 
@@ -251,7 +192,7 @@ def test_the_two_networks_are_clipped_separately():
     assert policy_after == pytest.approx(policy, rel=1e-6)
     assert critic_after == pytest.approx(0.05 * critic / (critic + 1e-6), rel=1e-5)
     # what is logged is the norm before
-    assert (steps[0].policy_grad_norm.item(), steps[0].critic_grad_norm.item()) == pytest.approx((policy, critic), rel=1e-5)
+    assert (steps[0].outcome.policy_grad_norm.item(), steps[0].outcome.critic_grad_norm.item()) == pytest.approx((policy, critic), rel=1e-5)
 
 
 # --- steps that go wrong --------------------------------------------------------------------------------------------------
@@ -267,7 +208,7 @@ class Weights(Observer):
     def __init__(self, setup):
         self.setup, self.moved = setup, []
 
-    def before_step(self, index, sample_index, step_index):
+    def before_step(self, batch):
         self.before = self.setup.weights
 
     def after_step(self, step):
@@ -278,7 +219,7 @@ def test_a_non_finite_gradient_skips_the_step_of_both_networks_and_counts():
     setup = poisoned(Setup())
     watch = Weights(setup)
     steps = setup.run(watch)
-    assert [step.skipped for step in steps] == [False, False, True, False, False, False]
+    assert [step.outcome.skipped for step in steps] == [False, False, True, False, False, False]
     assert watch.moved == [True, True, False, True, True, True]
     facts = summarise(steps, World())
     assert facts["skipped_steps"] == 1
@@ -306,18 +247,18 @@ def test_an_epoch_of_nothing_but_bad_steps_is_an_error():
 def test_summary_averages_over_all_pairs_of_the_epoch():
     steps = Setup().run()
     facts = summarise(steps, World())
-    losses = torch.cat([step.policy_losses for step in steps])
+    losses = torch.cat([step.policy.losses for step in steps])
     assert len(losses) == 18
     assert facts["policy_loss"] == pytest.approx(losses.mean().item())
-    assert facts["critic_loss"] == pytest.approx(torch.cat([step.critic_losses for step in steps]).mean().item())
-    assert facts["policy_clip_fraction"] == pytest.approx(torch.cat([step.policy_clipped for step in steps]).double().mean().item())
-    assert facts["policy_grad_norm"] == pytest.approx(sum(step.policy_grad_norm.item() for step in steps) / 6)
-    assert facts["approx_kl"] == pytest.approx(approx_kl(torch.cat([step.log_ratios for step in steps]).double()).item())
+    assert facts["critic_loss"] == pytest.approx(torch.cat([step.critic.losses for step in steps]).mean().item())
+    assert facts["policy_clip_fraction"] == pytest.approx(torch.cat([step.policy.clipped for step in steps]).double().mean().item())
+    assert facts["policy_grad_norm"] == pytest.approx(sum(step.outcome.policy_grad_norm.item() for step in steps) / 6)
+    assert facts["approx_kl"] == pytest.approx(approx_kl(torch.cat([step.policy.log_ratios for step in steps]).double()).item())
 
 
 def test_losses_are_double_precision():
     step = Setup().run()[0]
-    assert step.policy_losses.dtype == step.critic_losses.dtype == torch.float64
+    assert step.policy.losses.dtype == step.critic.losses.dtype == torch.float64
 
 
 def test_both_optimizers_read_their_own_learning_rate():

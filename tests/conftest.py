@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 def pytest_addoption(parser):
     parser.addoption("--traces", action="append", default=[], metavar="DIR", help="a golden trace's folder; may be repeated")
+    parser.addoption("--pipelines", action="append", default=[], metavar="DIR", help="a diffusers folder, or a folder of some; may be repeated")
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ def _setting(value: Any) -> str:
     if value is None or value in ("", [], {}):
         return "<small>not set</small>" if value is None else f"<small>{'empty' if value == '' else 'none'}</small>"
     if isinstance(value, (list, dict)):
-        value = ", ".join(value) if isinstance(value, list) else ", ".join(f"{name} = {path}" for name, path in value.items())
+        value = ", ".join(map(str, value)) if isinstance(value, list) else ", ".join(f"{name} = {path}" for name, path in value.items())
     return escape(value if isinstance(value, str) else json.dumps(value))
 
 

@@ -36,7 +36,7 @@ class DDIM:
         """Read any scheduler's config (PNDM, Euler, DDIM, ...) as DDIM's, with its own timestep spacing. Raises RequestError."""
         if eta > 1:
             raise RequestError(f"noise (eta) {eta:g}: DDIM's is at most 1.")
-        scheduler = _as_ddim(config)
+        scheduler = as_ddim(config)
         last = scheduler.config.num_train_timesteps - 1
         if steps > last:
             raise RequestError(f"rollout.steps {steps} is too many: the model was trained with {last + 1} timesteps, so at most {last}.")
@@ -110,9 +110,11 @@ class DDIM:
         return signal * x_t - noise * prediction, signal * prediction + noise * x_t
 
 
-def _as_ddim(config: dict[str, Any]) -> DDIMScheduler:
+def as_ddim(config: dict[str, Any]) -> DDIMScheduler:
+    """Read any scheduler's config as DDIM's: without noise, diffusers' step of it is ours. Raises RequestError."""
     # diffusers drops the keys listed there when the class changes, also those that were set on purpose
     config = {key: value for key, value in config.items() if key != "_use_default_values"}
+    config["set_alpha_to_one"] = False  # the last step goes to timestep 0, as in `DDIM.of`
     if config.get("_class_name") != "DDIMScheduler" and config.get("timestep_spacing") == "linspace":
         # Euler's own default ends at timestep 0, where a DDIM step adds no noise: Stable Diffusion's spacing instead
         config["timestep_spacing"] = "leading"

@@ -471,6 +471,11 @@ def test_settings_that_differ_are_highlighted_and_no_others(tmp_path):
     assert "0.0007" in marked
 
 
+def test_settings_that_are_lists_of_numbers_are_shown(tmp_path):
+    _, document = report(make_run(tmp_path / "run", model__resolution=[64, 96]))
+    assert "64, 96" in [one["text"] for one in document.find("mark")]
+
+
 def test_the_strip_starts_before_training_and_ends_with_the_last_epoch(tmp_path):
     folder = make_run(tmp_path / "run", epochs=12)
     _, document = report(folder)

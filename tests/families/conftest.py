@@ -1,0 +1,66 @@
+"""Which pipelines the contract runs on, and what its tests share of each.
+
+--pipelines DIR (may be repeated): a diffusers folder, or a folder that holds some. Without it, tiny ones of all supported families.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_generate_tests(metafunc):
+    if "source" in metafunc.fixturenames:
+        metafunc.parametrize("source", _sources(metafunc.config), ids=lambda source: Path(source).name, scope="session")
+
+
+def _sources(config):
+    """Folders, or names of tiny pipelines still to be written."""
+    from conventions import CALLS
+    from tdpo_cli.models import FAMILIES
+
+    given = [Path(folder) for folder in config.getoption("--pipelines")]
+    if not given:
+        return [f"{CALLS[name].tiny}-{variant}" for name in FAMILIES if name in CALLS for variant in (1, 2)]
+    found = []
+    for folder in given:
+        inside = [folder] if (folder / "model_index.json").is_file() else sorted(file.parent for file in folder.glob("*/model_index.json"))
+        if not inside:
+            raise pytest.UsageError(f"--pipelines {folder}: no model_index.json there, and none in its folders")
+        found += inside
+    return found
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("pipelines")
+
+
+@pytest.fixture(scope="session")
+def case(source, tiny_folder, tmp_path_factory):
+    """One pipeline under test; skips where this installation cannot load it."""
+    import diffusers
+    import transformers
+    from subject import Case
+
+    from tdpo_cli import models
+    from tdpo_cli.errors import RequestError
+
+    if isinstance(source, str):
+        if int(transformers.__version__.split(".")[0]) < 5:
+            pytest.skip("writing tiny pipelines needs transformers 5; give folders with --pipelines")
+        import make_tiny
+
+        family, variant = source.rsplit("-", 1)
+        source = make_tiny.build(family, tiny_folder / source, int(variant))
+    name = json.loads((source / "model_index.json").read_text())["_class_name"]
+    try:
+        models.pipeline_class(str(source), {"_class_name": name})
+    except RequestError as error:
+        pytest.skip(str(error))
+    if not hasattr(diffusers, name):
+        pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
+    return Case(source, name, tmp_path_factory.mktemp("loras"))

@@ -50,7 +50,7 @@ def measure(preset: presets.Preset) -> dict[str, float]:
     job = build(preset, World(), memory.Plan.of(16))
     before, began = rewards(job), time.process_time()
     for epoch in range(preset.run.epochs):
-        train._epoch(job, epoch, Console(quiet=True))
+        train.run_epoch(job, epoch, Console(quiet=True))
     seconds = time.process_time() - began
     change = rewards(job) - before
     return {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,6 +73,24 @@ def text_encoder_keys(path: Path) -> list[str]:
     check(file)
     with safe_open(file, framework="pt") as opened:
         return sorted(name for name in opened.keys() if name.startswith(("text_encoder", "lora_te")))
+
+
+def alpha_of(path: Path) -> Callable[[str, int], float]:
+    """(NETWORK.MODULE, rank) -> that layer's alpha, as the file's metadata says; without metadata the rank. Raises RequestError."""
+    file = find(path)
+    check(file)
+    with safe_open(file, framework="pt") as opened:
+        config = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+
+    def alpha(layer: str, rank: int) -> float:
+        network, _, module = layer.partition(".")
+        patterns = config.get(f"{network}.alpha_pattern") or {}
+        # as peft reads a pattern: the end of the name
+        found = next((value for pattern, value in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", module)), None)
+        value = found if found is not None else config.get(f"{network}.lora_alpha", rank)
+        return float(value * rank**0.5 if config.get(f"{network}.use_rslora") else value)
+
+    return alpha
 
 
 def rank_of(path: Path) -> int:

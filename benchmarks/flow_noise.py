@@ -54,7 +54,9 @@ def draw(out: Path) -> None:
     for name, sampler in found.items():
         style = {"marker": "s"} if name == "flow-sde" else {"marker": "x", "linestyle": "--"}
         axes.plot(range(STEPS), left(sampler), color=COLOURS[name], label=f"{name}, noise level {LEVELS[name]}", **style)
-    axes.annotate(f"{left(found['flow-sde'])[8]:.2f} against {told[8]:.3f}", (8, left(found["flow-sde"])[8]), (7.7, 0.42), arrowprops={"arrowstyle": "-"})
+    axes.annotate(
+        f"{left(found['flow-sde'])[8]:.2f} against {told[8]:.3f}", (8, left(found["flow-sde"])[8]), (7.7, 0.42), arrowprops={"arrowstyle": "-"}
+    )
     axes.set(xlabel="after step", ylabel="noise in the state (standard deviation)", xticks=range(STEPS), ylim=(0, None))
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

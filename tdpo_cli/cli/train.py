@@ -43,6 +43,7 @@ def train(
         Optional[str],
         typer.Option(metavar="SIZE|auto", help="Cut up the work so that a process stays below this, as 12GB. The result stays the same."),
     ] = None,
+    allow_distilled: Annotated[bool, typer.Option("--allow-distilled", help="Same as --set model.allow_distilled=true.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen; write nothing.")] = False,
     json_: options.JsonFlag = False,
     quiet: options.QuietFlag = False,
@@ -51,7 +52,7 @@ def train(
     overrides = options.overrides(set_, checkpoint, zoo)
     given = {
         "algorithm.name": algorithm, "run.seed": seed, "run.epochs": epochs, "run.stop_on_overoptimisation": stop_on_overoptimisation,
-        "run.trackers": tracker, "run.memory_limit": memory_limit,
+        "run.trackers": tracker, "run.memory_limit": memory_limit, "model.allow_distilled": allow_distilled or None,
     }  # fmt: skip
     overrides += [(key, value) for key, value in given.items() if value is not None]
     if resume:

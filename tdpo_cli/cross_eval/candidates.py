@@ -35,14 +35,17 @@ class Sampling:
     def as_dict(self) -> dict[str, Any]:
         """As request.json holds it: flat."""
         flat = asdict(self)
-        checkpoint = flat.pop("checkpoint")
+        # what is not set is not written: a request of an older version, which knew neither, is still the same request
+        checkpoint = {name: value for name, value in flat.pop("checkpoint").items() if value is not None or name not in ("vae", "resolution")}
         return {**{"start_from" if name == "weights" else name: value for name, value in checkpoint.items()}, **flat}
 
     @staticmethod
     def of(flat: Mapping[str, Any]) -> Sampling:
         """From request.json."""
         rest = {name: flat[name] for name in ("steps", "guidance_scale", "noise", "negative_prompt")}
-        return Sampling(Checkpoint(flat["base"], flat["revision"], flat["dtype"], flat["start_from"]), **rest)
+        resolution = tuple(flat["resolution"]) if flat.get("resolution") else None
+        weights = Checkpoint(flat["base"], flat["revision"], flat["dtype"], flat["start_from"], flat.get("vae"), resolution)
+        return Sampling(weights, **rest)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ A new family is one file in `families/` and one line in `FAMILIES`.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,10 @@ FAMILIES = {
     "StableDiffusionPipeline": FamilyEntry("tdpo_cli.models.families.sd:StableDiffusion", "Stable Diffusion 1.x and 2.x", "ddim"),
     "StableDiffusion3Pipeline": FamilyEntry("tdpo_cli.models.families.sd3:StableDiffusion3", "Stable Diffusion 3 and 3.5", "flow", optional_t5=True),
     "FluxPipeline": FamilyEntry("tdpo_cli.models.families.flux:Flux", "FLUX.1", "flow"),
+    "StableDiffusionXLPipeline": FamilyEntry("tdpo_cli.models.families.sdxl:StableDiffusionXL", "Stable Diffusion XL", "ddim"),
 }
+# words in a model's name that say it was distilled to few steps
+DISTILLED = ("schnell", "turbo", "lightning", "lcm", "hyper")
 
 
 def load(model: Model, **options: Any) -> Policy:
@@ -59,10 +63,38 @@ def pipeline_class(source: str, content: dict) -> str:
     if name in FAMILIES:
         return name
     # Safe, img2img and other pipelines around the same networks; their UNet says whether it fits
+    if name.startswith("StableDiffusionXL"):
+        return "StableDiffusionXLPipeline"
     if name.startswith("StableDiffusion") and "XL" not in name and not name.startswith("StableDiffusion3"):
         return "StableDiffusionPipeline"
     supported = "; ".join(f"{entry.title} ({name})" for name, entry in FAMILIES.items())
     raise RequestError(f"{source}: a {name} is not supported. Supported: {supported}.")
+
+
+def check_trainable(source: str, content: dict, allow_distilled: bool) -> None:
+    """RequestError for a model that can be sampled and should not be trained: distilled to few steps, or made to edit images."""
+    name = str(content.get("_class_name", "?"))
+    if "Img2Img" in name or "Inpaint" in name or "InstructPix2Pix" in name:
+        raise RequestError(
+            f"{source}: a {name}, made to change images. Only text-to-image models are trained. If its networks are those of one, "
+            f"say so in its model_index.json: _class_name {pipeline_class(source, content)}."
+        )
+    reason = distilled(source, content)
+    if reason is not None and not allow_distilled:
+        raise RequestError(
+            f"{source}: distilled to few steps ({reason}). Steps with noise are not what it learnt, and training undoes the distillation: "
+            "train the model that it was made from, or train this one all the same with --allow-distilled."
+        )
+
+
+def distilled(source: str, content: dict) -> str | None:
+    """What says that a model was distilled: its model_index.json or its name; nothing else does. None: nothing says so."""
+    if content.get("is_distilled"):
+        return "its model_index.json says is_distilled"
+    name = source.rstrip("/").rpartition("/")[2]
+    words = {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
+    found = next((word for word in DISTILLED if word in words), None)
+    return None if found is None else f"its name says {found}"
 
 
 def index(source: str, revision: str | None = None) -> dict:

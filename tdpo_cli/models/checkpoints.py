@@ -22,11 +22,13 @@ class Checkpoint:
     revision: str | None  # of a hub id
     dtype: str
     weights: str | None  # a LoRA file, or a folder with a LoRA or a whole UNet; None is the base model itself
+    vae: str | None = None  # another one than the base model's
+    resolution: tuple[int, int] | None = None  # (height, width) in pixels; None: the base model's own
 
     @property
     def section(self) -> Model:
         """The `model` section that `models.load` reads."""
-        return Model(base=self.base, revision=self.revision, start_from=self.weights, dtype=self.dtype)
+        return Model(base=self.base, revision=self.revision, start_from=self.weights, dtype=self.dtype, vae=self.vae, resolution=self.resolution)
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Source:
         """What to load; the path of the weights is absolute."""
         model = self.preset.model
         weights = None if model.start_from is None else str(Path(model.start_from).resolve())
-        return Checkpoint(model.base, model.revision, model.dtype, weights)
+        return Checkpoint(model.base, model.revision, model.dtype, weights, model.vae, model.resolution)
 
 
 def find(argument: str, preset: str | None, overrides: Sequence[tuple[str, Any]], epoch: int | None = None) -> Source:

@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 
-from tdpo_cli.errors import RequestError
+from tdpo_cli.errors import RequestError, WorkError
 from tdpo_cli.models.samplers import Sampler
 from tdpo_cli.models.samplers.ddim import DDIM
 from tdpo_cli.models.samplers.flow import DYNAMICS, Flow, noise_levels
@@ -95,7 +95,22 @@ class Family:
         scaled = latents.to(self.device, torch.float32) / vae.config.scaling_factor
         if (shift := vae.config.get("shift_factor")) is not None:
             scaled = scaled + shift
-        return (vae.decode(scaled.to(vae.dtype), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+        return self.finite(vae.decode(scaled.to(vae.dtype), return_dict=False)[0], latents)
+
+    def finite(self, decoded: Tensor, latents: Tensor) -> Tensor:
+        """A VAE's output in [-1,1] as images [b,3,H,W] float32 in [0,1]. Raises WorkError if a number is not finite.
+
+        Clamping would turn an overflow into white, which a reward would score.
+        """
+        if not bool(decoded.isfinite().all()):
+            dtype = str(self.pipeline.vae.dtype).removeprefix("torch.")
+            if not bool(latents.isfinite().all()):
+                raise WorkError("the denoised latents are not finite: the network overflowed or training diverged. Try --set model.dtype=bf16.")
+            raise WorkError(
+                f"the VAE decoded an image that is not finite, in {dtype}. Name another one: --set model.vae=PATH (for SDXL "
+                "madebyollin/sdxl-vae-fp16-fix), or use --set model.dtype=bf16."
+            )
+        return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
     # --- shared ---------------------------------------------------------------------------------------------------------
     @property

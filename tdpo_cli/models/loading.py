@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import os
@@ -49,8 +50,11 @@ def load(
     if model.base == "sandbox" and ("OMP_NUM_THREADS" not in os.environ or "TDPO_THREADS_SHARED" in os.environ):
         torch.set_num_threads(1)  # its networks are so small that a second thread costs more than it brings
     source, model, device = models.resolve(model.base), _starting_point(model), torch.device(device)
-    entry = models.family_of(source, model.revision)
+    content = models.index(source, model.revision)
+    entry = models.FAMILIES[models.pipeline_class(source, content)]
     check_model(model, entry)
+    if trainable:
+        models.check_trainable(source, content, model.allow_distilled)
     module, _, name = entry.place.partition(":")
     dtype = DTYPES[model.dtype] if device.type != "cpu" else torch.float32
     family: Family = getattr(importlib.import_module(module), name).load(source, model, dtype, device)
@@ -62,7 +66,7 @@ def load(
         if model.start_from and not holds_network(model, family.component):
             adapter.load(family, Path(model.start_from))
             if lora_scale != 1.0:
-                adapter.set_scale(family.network, lora_scale)
+                adapter.set_scale(family, lora_scale)
     return Policy(family, part, negative_prompt)
 
 
@@ -99,15 +103,19 @@ def _trained_part(family: Family, model: Model, dtype: torch.dtype, keep_referen
         raise RequestError(f"{model.start_from} holds a LoRA of rank {rank}, the preset trains the whole {called}. Use --set model.lora_rank={rank}.")
     if model.lora_rank == 0:
         return adapter.WholeNetwork(family.network, keep_reference, dtype)
+    targets = model.lora_targets or family.lora_targets
+    new = (family.network, model.lora_rank, targets, randomness.initial_weights("lora"), model.lora_alpha)
     if model.start_from is None:
-        return adapter.attach(family.network, model.lora_rank, family.lora_targets, randomness.initial_weights("lora"))
-    rank = adapter.load(family, Path(model.start_from))
-    if rank != model.lora_rank:
-        raise RequestError(f"{model.start_from} has LoRA rank {rank}, the preset says {model.lora_rank}. Use --set model.lora_rank={rank}.")
-    loaded = adapter.LoRA(family.network)
-    for parameter in loaded.trainable.values():
-        parameter.requires_grad_(True)
-    return loaded
+        return adapter.attach(*new)
+    texts = lora_file.text_encoder_keys(Path(model.start_from))
+    if texts and model.text_lora == "refuse":
+        raise RequestError(
+            f"{model.start_from} has {len(texts)} weights of text encoders ({texts[0]}, ...), which do not train. Keep them as a frozen part of the "
+            "base with --set model.text_lora=fuse, or give a LoRA without them."
+        )
+    adapter.load(family, Path(model.start_from), adapter.START)
+    adapter.attach(*new, name=adapter.BESIDE)
+    return adapter.LoRABeside(family.network)
 
 
 # --- parts of a model -----------------------------------------------------------------------------------------------------
@@ -131,9 +139,10 @@ def read_pipeline(
     `trained` is the denoiser's name. `dtypes` names parts that are not of `dtype`, for example `vae=torch.float32`. Raises RequestError.
     """
     content = models.index(source, model.revision)
-    cls = getattr(diffusers, content["_class_name"], None)
+    called = models.pipeline_class(source, content)
+    cls = getattr(diffusers, called, None)
     if cls is None:
-        raise RequestError(f"{source}: a {content['_class_name']} needs a newer diffusers than {diffusers.__version__}: pip install -U diffusers")
+        raise RequestError(f"{source}: a {called} needs a newer diffusers than {diffusers.__version__}: pip install -U diffusers")
     known, parts = inspect.signature(cls.__init__).parameters, {}
     for name, entry in content.items():
         if name.startswith("_") or name not in known:
@@ -146,10 +155,32 @@ def read_pipeline(
             kind, precision = _class_of(source, name, entry), dtypes.get(name, dtype)
             if name == trained:
                 parts[name] = trained_network(kind, source, name, model, precision)
+            elif name == "vae":
+                parts[name] = vae(kind, source, model, precision)
             else:
                 options = {"torch_dtype": precision} if issubclass(kind, nn.Module) else {}
                 parts[name] = component(kind, source, name, model.revision, **options)
+    absent = [name for name, one in known.items() if name not in (*parts, "self") and one.default is one.empty]
+    if absent:
+        raise RequestError(f"{source}: its model_index.json does not list {', '.join(absent)}, which a {called} needs. Download the model again.")
     return cls(**parts)
+
+
+def vae(cls: type, source: str, model: Model, dtype: torch.dtype) -> nn.Module:
+    """`model.vae`, which lies in a folder of its own or in a pipeline's, else the base model's. Raises RequestError."""
+    if model.vae is None:
+        return component(cls, source, "vae", model.revision, torch_dtype=dtype)
+    folder = Path(model.vae).expanduser()
+    if folder.exists():
+        return component(cls, str(folder), "vae" if (folder / "vae").is_dir() else "", None, torch_dtype=dtype)
+    if folder.is_absolute() or model.vae.startswith(".") or model.vae.count("/") != 1:
+        raise RequestError(f"model.vae {model.vae}: no such folder, and not a hub id (owner/name) either.")
+    try:
+        return component(cls, model.vae, "", None, torch_dtype=dtype)
+    except RequestError as error:
+        with contextlib.suppress(RequestError):
+            return component(cls, model.vae, "vae", None, torch_dtype=dtype)
+        raise error
 
 
 def _class_of(source: str, name: str, entry: list[str]) -> type:
@@ -190,7 +221,7 @@ def component(cls: type, source: str, subfolder: str, revision: str | None, **op
         except Exception as caught:  # noqa: BLE001 - diffusers, transformers, safetensors, pickle and torch each raise their own
             error = error or caught
     else:
-        place = folder if local else f"{source}, {subfolder}"
+        place = folder if local else f"{source}, {subfolder}" if subfolder else source
         advice = (
             "Copy or download the model again." if local else f"Fetch it with: hf download {source}" + (f" --revision {revision}" if revision else "")
         )

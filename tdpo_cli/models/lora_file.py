@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,6 +47,50 @@ def check(file: Path) -> None:
             pass
     except (SafetensorError, OSError) as error:
         raise RequestError(f"{file}: damaged, not a readable safetensors file ({error}). Copy or download it again.") from None
+
+
+# what marks a file of another method, and its name
+OTHER_KINDS = {
+    "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_w": "LoHa", "lokr_w": "LoKr", "oft_": "OFT", "boft_": "BOFT",
+    "lora_mid": "LoCon with a middle matrix", "glora": "GLoRA",
+}  # fmt: skip
+
+
+def check_kind(file: Path) -> None:
+    """RequestError for a damaged file, and for adapters that are no LoRA: they would load in part, or as something else."""
+    check(file)
+    with safe_open(file, framework="pt") as opened:
+        names = list(opened.keys())
+    for mark, kind in OTHER_KINDS.items():
+        found = next((name for name in names if mark in name), None)
+        if found is not None:
+            raise RequestError(f"{file}: a {kind} adapter ({found}). Only LoRA is supported: merge it into a model folder, or give a LoRA.")
+
+
+def text_encoder_keys(path: Path) -> list[str]:
+    """The names of a file's tensors that belong to a text encoder. Raises RequestError."""
+    file = find(path)
+    check(file)
+    with safe_open(file, framework="pt") as opened:
+        return sorted(name for name in opened.keys() if name.startswith(("text_encoder", "lora_te")))
+
+
+def alpha_of(path: Path) -> Callable[[str, int], float]:
+    """(NETWORK.MODULE, rank) -> that layer's alpha, as the file's metadata says; without metadata the rank. Raises RequestError."""
+    file = find(path)
+    check(file)
+    with safe_open(file, framework="pt") as opened:
+        config = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+
+    def alpha(layer: str, rank: int) -> float:
+        network, _, module = layer.partition(".")
+        patterns = config.get(f"{network}.alpha_pattern") or {}
+        # as peft reads a pattern: the end of the name
+        found = next((value for pattern, value in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", module)), None)
+        value = found if found is not None else config.get(f"{network}.lora_alpha", rank)
+        return float(value * rank**0.5 if config.get(f"{network}.use_rslora") else value)
+
+    return alpha
 
 
 def rank_of(path: Path) -> int:

@@ -122,6 +122,7 @@ class Policy:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over what `state_dict` gave. Raises RequestError for weights of another shape."""
+        self.adapter.recognise(self.family, state)
         ours = {name: tuple(p.shape) for name, p in self.trainable.items()}
         theirs = {name: tuple(p.shape) for name, p in state.items()}
         if ours != theirs:

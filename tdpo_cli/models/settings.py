@@ -29,7 +29,11 @@ def fit(preset: Preset, entry: FamilyEntry) -> Preset:
     rollout = preset.rollout
     check_model(preset.model, entry)
     if entry.diffusion == "ddim":
-        wrong = {"dynamics": rollout.dynamics not in (None, "ddim"), "noise_level": rollout.noise_level is not None, "window": rollout.window is not None}
+        wrong = {
+            "dynamics": rollout.dynamics not in (None, "ddim"),
+            "noise_level": rollout.noise_level is not None,
+            "window": rollout.window is not None,
+        }
         _refuse(wrong, f"for flow-matching models; {entry.title} is sampled with DDIM, whose noise is rollout.eta.")
         return replace(preset, rollout=replace(rollout, eta=ETA if rollout.eta is None else rollout.eta))
     wrong = {"eta": rollout.eta is not None, "dynamics": rollout.dynamics == "ddim"}

@@ -13,6 +13,7 @@ from tdpo_cli.config.preset import Model
 from tdpo_cli.errors import RequestError
 from tdpo_cli.models.family import Family
 from tdpo_cli.models.loading import component, grid_of, read_scheduler_config, trained_network
+from tdpo_cli.models.loading import vae as read_vae
 from tdpo_cli.types import Conditioning
 
 
@@ -25,7 +26,7 @@ class StableDiffusion(Family):
         part = lambda kind, folder, **options: component(kind, source, folder, model.revision, **options)
         text_encoder = part(CLIPTextModel, "text_encoder", torch_dtype=dtype)
         tokenizer = part(CLIPTokenizer, "tokenizer")
-        vae = part(AutoencoderKL, "vae", torch_dtype=dtype)
+        vae = read_vae(AutoencoderKL, source, model, dtype)
         unet = trained_network(UNet2DConditionModel, source, "unet", model, dtype)
         # any other offset is made 1, as diffusers' pipeline does, through which the official code loads
         scheduler_config = {**read_scheduler_config(source, model.revision), "steps_offset": 1}

@@ -3,6 +3,7 @@
 A new option is a visible decision: the tables below name every key of the preset, and the last test says so.
 """
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from flow_models import SD3
+from safetensors.torch import load_file, save_file
 from tolerances import assert_same_run, bound, log_prob_error
 
 from tdpo_cli import models
@@ -23,6 +25,7 @@ from tdpo_cli.console import Console
 from tdpo_cli.errors import RequestError, WorkError
 from tdpo_cli.machine import memory
 from tdpo_cli.machine.world import World
+from tdpo_cli.models import lora_file
 from tdpo_cli.models.policy import Policy
 from tdpo_cli.overoptimisation import verdict
 from tdpo_cli.rewards import scoring
@@ -55,6 +58,8 @@ FLOW = {
 CHANGES_THE_RUN = {
     "model.drop_t5": (FLOW, [True]),
     "model.lora_rank": ({}, [3]),
+    "model.lora_alpha": ({}, [4.0]),
+    "model.lora_targets": ({}, [("to_q",)]),
     "rollout.samples_per_epoch": ({}, [6]),
     "rollout.steps": ({}, [3]),
     "rollout.guidance_scale": ({}, [3.0, 1.0]),
@@ -246,10 +251,56 @@ def base():
 
 
 def start_from(tmp_path):
-    """model.start_from: training goes on from the weights of another run."""
+    """model.start_from: training begins at the weights of another run, which stay as they are beside the new ones."""
     trained = run_with({})["job"].policy
     trained.save(tmp_path)
-    assert same(start({"model.start_from": str(tmp_path)}).policy.state_dict(), trained.state_dict())
+    policy = start({"model.start_from": str(tmp_path)}).policy
+    loaded = {name: p for name, p in policy.family.network.named_parameters() if ".start." in name}
+    assert same({name.replace(".start.", ".policy."): p.detach() for name, p in loaded.items()}, trained.state_dict())
+    assert not any(p.requires_grad for p in loaded.values()) and not any(p.any() for name, p in policy.trainable.items() if "lora_B" in name)
+
+
+def text_lora(tmp_path):
+    """model.text_lora: refuse names the weights; fuse keeps them, frozen, and writes them into every checkpoint."""
+    trained = run_with({})["job"].policy
+    trained.save(tmp_path)
+    file = tmp_path / lora_file.FILE
+    layer = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    width = trained.family.pipeline.text_encoder.config.hidden_size
+    draw = torch.Generator().manual_seed(0)
+    with_text = load_file(file) | {
+        f"{layer}.lora_A.weight": torch.randn(2, width, generator=draw), f"{layer}.lora_B.weight": torch.randn(width, 2, generator=draw),
+    }  # fmt: skip
+    save_file(with_text, file)  # without the metadata: rank and alpha are the same
+    with pytest.raises(RequestError, match=rf"has 2 weights of text encoders \({layer}.lora_A.weight, ...\).*model.text_lora=fuse"):
+        start({"model.start_from": str(tmp_path)})
+    policy = start({"model.start_from": str(tmp_path), "model.text_lora": "fuse"}).policy
+    changed, plain = (one.encode(["a red circle"]).parts["embeds"] for one in (policy, trained))
+    assert (changed - plain).abs().max() > 1e-2
+    assert not any(p.requires_grad for p in policy.family.pipeline.text_encoder.parameters())
+    policy.save(tmp_path / "again")
+    model = dataclasses.replace(settings_of({}).model, start_from=str(tmp_path / "again"))
+    assert same(models.load(model, trainable=False).encode(["a red circle"]).parts["embeds"], changed)
+    assert same(models.load(model, trainable=False, lora_scale=0.0).encode(["a red circle"]).parts["embeds"], plain)
+
+
+def vae(tmp_path):
+    """model.vae: images through another one; test_sdxl says where it may lie."""
+    policy = start({}).policy
+    other = copy.deepcopy(policy.family.pipeline.vae)
+    with torch.no_grad():
+        other.decoder.conv_out.bias.add_(0.3)
+    other.save_pretrained(tmp_path)
+    latents = torch.zeros(1, *policy.latent_shape)
+    assert not same(start({"model.vae": str(tmp_path)}).policy.decode(latents), policy.decode(latents))
+
+
+def allow_distilled(tmp_path):
+    """model.allow_distilled: test_sdxl says what counts as distilled."""
+    shutil.copytree(ZOO / "pipeline", tmp_path / "some-turbo")
+    with pytest.raises(RequestError, match="--allow-distilled"):
+        start({"model.base": str(tmp_path / "some-turbo")})
+    start({"model.base": str(tmp_path / "some-turbo"), "model.allow_distilled": True})
 
 
 def dtype():
@@ -453,6 +504,9 @@ ELSEWHERE = {
     "model.base": base,
     "model.revision": revision,
     "model.start_from": start_from,
+    "model.text_lora": text_lora,
+    "model.vae": vae,
+    "model.allow_distilled": allow_distilled,
     "model.dtype": dtype,
     "model.tf32": tf32,
     "rollout.dynamics": dynamics,
@@ -494,7 +548,11 @@ def test_every_choice_of_an_option_is_tried(key):
     kind = next(kind for known, kind, _, _ in presets.describe() if known == key)
     if " | " not in kind or key == "algorithm.critic_init_std":
         return
-    choices = {choice for choice in kind.split(" | ") if choice not in ("none", "a number", "a whole number", "a string", "[size, first, last]")}
+    choices = {
+        choice
+        for choice in kind.split(" | ")
+        if choice not in ("none", "a number", "a whole number", "a string", "[size, first, last]", "a list of strings")
+    }
     given, values = CHANGES_THE_RUN[key]
     started = getattr(getattr(settings_of(given), section), name)
     assert choices <= {started, *values}

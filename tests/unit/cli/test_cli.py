@@ -10,6 +10,7 @@ from helpers import make_preset, tdpo
 
 from tdpo_cli import __version__
 from tdpo_cli.config import preset as presets
+from tdpo_cli.models import settings
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -99,7 +100,7 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(elsewhere):
     facts = json.loads(outcome.out)
     preset = presets.load("quickstart")
     assert outcome.status == 0 and list(elsewhere.iterdir()) == []
-    assert facts["preset"] == preset.as_dict()
+    assert facts["preset"] == settings.fit(preset, settings.entry_of(preset)).as_dict()  # with the family's own noise
     assert facts["samples_per_epoch"] == preset.rollout.samples_per_epoch
     assert facts["effective_batch"] == preset.update.batch_size
     assert facts["updates_per_epoch"] == preset.updates_per_epoch

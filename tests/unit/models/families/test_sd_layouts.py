@@ -290,8 +290,8 @@ DAMAGE = {
     "an inpainting unet": (swap_vae_width, "inpainting, upscaling or editing"),
     "no latent size": (lambda f: edit(f / "unet/config.json", sample_size=None), "does not say sample_size"),
     "SDXL": (lambda f: edit(f / "model_index.json", _class_name="StableDiffusionXLPipeline"), "does not list text_encoder_2, tokenizer_2"),
-    "SD3": (lambda f: edit(f / "model_index.json", _class_name="StableDiffusion3Pipeline"), "StableDiffusion3Pipeline is not supported"),
-    "Flux": (lambda f: edit(f / "model_index.json", _class_name="FluxPipeline"), "FluxPipeline is not supported"),
+    "Sana": (lambda f: edit(f / "model_index.json", _class_name="SanaPipeline"), "SanaPipeline is not supported"),
+    "SD3": (lambda f: edit(f / "model_index.json", _class_name="StableDiffusion3Pipeline"), "which a StableDiffusion3Pipeline needs"),
 }
 
 

@@ -201,8 +201,9 @@ def test_pipelines_that_change_images_are_sampled_and_not_trained(folder):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("sdxl-turbo", "turbo"), ("SDXL-Lightning", "lightning"), ("DreamShaperXL_Turbo_v2", "turbo"), ("FLUX.1-schnell", "schnell"), 
-        ("lcm-sdxl", "lcm"), ("Hyper-SD", "hyper"), ("SDXLTurbo", "turbo"), ("hyperrealism-xl", None), ("stable-diffusion-xl-base-1.0", None), ("turbotext", None),
+        ("sdxl-turbo", "turbo"), ("SDXL-Lightning", "lightning"), ("DreamShaperXL_Turbo_v2", "turbo"), ("FLUX.1-schnell", "schnell"),
+        ("lcm-sdxl", "lcm"), ("Hyper-SD", "hyper"), ("SDXLTurbo", "turbo"),
+        ("hyperrealism-xl", None), ("stable-diffusion-xl-base-1.0", None), ("turbotext", None),
     ],
 )  # fmt: skip
 def test_names_say_that_a_model_is_distilled(name, says):

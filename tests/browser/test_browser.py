@@ -4,7 +4,8 @@ import pytest
 from chromium import NAMES, Browser, find
 from page_examples import make_cross_eval, make_run
 
-from tdpo_cli.report import cross_eval_page, html, writing
+from tdpo_cli.report import cross_eval_page, html
+from tdpo_cli.report import report as reporting
 
 pytestmark = pytest.mark.skipif(find() is None, reason=f"no browser found: none of {', '.join(NAMES)}")
 
@@ -33,7 +34,7 @@ def pages(tmp_path_factory):
     }
     made = {}
     for name, settings in runs.items():
-        writing.write(make_run(folder / name, **settings), folder / f"{name}.html")
+        reporting.write(make_run(folder / name, **settings), folder / f"{name}.html")
         made[name] = folder / f"{name}.html"
     for name, shape in {"eval": {}, "eval-one": {"runs": 1, "checkpoints": 1}}.items():
         made[name] = folder / f"{name}.html"

@@ -17,6 +17,11 @@ PUBLISHED = {
     "model.revision": None,
     "model.start_from": None,
     "model.lora_rank": 4,
+    "model.lora_alpha": None,
+    "model.lora_targets": None,
+    "model.text_lora": "refuse",
+    "model.vae": None,
+    "model.allow_distilled": False,
     "model.dtype": "fp16",
     "model.tf32": True,
     "rollout.samples_per_epoch": 8 * 8 * 4,  # GPUs x batch x batches

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import platform
 import shutil
@@ -17,20 +18,19 @@ from packaging.requirements import Requirement
 from tdpo_cli.config import preset as presets
 from tdpo_cli.config.preset import Preset
 from tdpo_cli.console import Console, size
-from tdpo_cli.machine import memory
+from tdpo_cli.machine import footprint, memory
 from tdpo_cli.rewards import required_files, scoring
 from tdpo_cli.sandbox import ZOO
 
 LEAST_DISK = 5e9  # bytes; a run folder with its images and states
-# what models/sd.py reads of a pipeline; one weights file each, whatever variant it is
-BASE_MODEL = {
-    "unet": ("config.json", "diffusion_pytorch_model.safetensors"),
-    "vae": ("config.json", "diffusion_pytorch_model.safetensors"),
-    "text_encoder": ("config.json", "model.safetensors"),
-    "tokenizer": ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"),
-    "scheduler": ("scheduler_config.json",),
-}
-OTHER_WEIGHTS = ("{stem}.fp16.safetensors", "{stem}.bin", "pytorch_model.bin")
+# what a part of a pipeline consists of, by its library; one weights file each, whatever variant it is
+NETWORK_FILES = {"diffusers": ("config.json", "diffusion_pytorch_model.safetensors"), "transformers": ("config.json", "model.safetensors")}
+CLIP_TOKENIZER = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+# the parts of a base that is not here, whose model_index.json nobody can read
+SD_PARTS = {"unet": "diffusers", "vae": "diffusers", "text_encoder": "transformers", "tokenizer": "clip", "scheduler": "scheduler"}
+SDXL_PARTS = {**SD_PARTS, "text_encoder_2": "transformers", "tokenizer_2": "clip"}
+UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")  # no family reads them
+OTHER_WEIGHTS = ("{stem}.safetensors.index.json", "{stem}.fp16.safetensors.index.json", "{stem}.fp16.safetensors", "{stem}.bin", "pytorch_model.bin")
 
 
 def run(preset_name: str | None, console: Console) -> dict[str, Any]:
@@ -129,17 +129,54 @@ def _needed_files(preset: Preset) -> list[required_files.File]:
 def _base_model(preset: Preset) -> list[required_files.File]:
     base = preset.model.base
     folder = ZOO / "pipeline" if base == "sandbox" else Path(base).expanduser()
-    names = [f"{part}/{name}" for part, files in BASE_MODEL.items() for name in files]
+    own_vae = preset.model.vae
+    parts = {part: kind for part, kind in _parts(base, folder, preset.model.revision).items() if part != "vae" or own_vae is None}
+    names = [f"{part}/{name}" for part, kind in parts.items() for name in _files_of(kind)]
+    files = _found(base, folder, names, preset.model.revision)
+    if own_vae is not None:
+        place = Path(own_vae).expanduser()
+        inside = "vae/" if (place / "vae").is_dir() else ""
+        files += _found(own_vae, place, [f"{inside}{name}" for name in NETWORK_FILES["diffusers"]], None)
+    return files
+
+
+def _parts(base: str, folder: Path, revision: str | None) -> dict[str, str]:
+    """The parts that a pipeline's model_index.json lists -> what they consist of; the published ones where there is no such file yet."""
+    file = folder / "model_index.json"
     if not folder.is_dir() and base.count("/") == 1:
-        cached = required_files.on_hub(base, names, preset.model.revision)
-        return [file if file.path else _other_weights_in_cache(file, preset.model.revision) for file in cached]
-    return [required_files.File(name, str(folder), _present(folder, name), base, f" --local-dir {folder}") for name in names]
+        (cached,) = required_files.on_hub(base, ["model_index.json"], revision)
+        file = Path(cached.path) if cached.path else file
+    if not file.is_file():
+        return SDXL_PARTS if footprint.is_sdxl(Path(base)) else SD_PARTS
+    found = {}
+    for part, entry in json.loads(file.read_text(encoding="utf-8")).items():
+        if part.startswith("_") or part in UNUSED_PARTS or not isinstance(entry, list) or entry[-1] is None:
+            continue
+        library, cls = entry
+        if part.startswith("tokenizer"):
+            found[part] = "clip" if cls.startswith("CLIP") else "tokenizer"
+        else:
+            found[part] = "scheduler" if part == "scheduler" else library
+    return found
+
+
+def _files_of(kind: str) -> tuple[str, ...]:
+    others = {"clip": CLIP_TOKENIZER, "tokenizer": ("tokenizer_config.json",), "scheduler": ("scheduler_config.json",)}
+    return others.get(kind) or NETWORK_FILES.get(kind, ("config.json",))
+
+
+def _found(source: str, folder: Path, names: list[str], revision: str | None) -> list[required_files.File]:
+    """Where the files of a folder or hub id are; without a path those that are missing."""
+    if not folder.is_dir() and source.count("/") == 1:
+        cached = required_files.on_hub(source, names, revision)
+        return [file if file.path else _other_weights_in_cache(file, revision) for file in cached]
+    return [required_files.File(name, str(folder), _present(folder, name), source, f" --local-dir {folder}") for name in names]
 
 
 def _alternatives(name: str) -> list[str]:
-    part, _, file = name.partition("/")
+    part, slash, file = name.rpartition("/")
     stem = file.removesuffix(".safetensors")
-    return [f"{part}/{other.format(stem=stem)}" for other in OTHER_WEIGHTS] if file.endswith(".safetensors") else []
+    return [f"{part}{slash}{other.format(stem=stem)}" for other in OTHER_WEIGHTS] if file.endswith(".safetensors") else []
 
 
 def _other_weights_in_cache(file: required_files.File, revision: str | None) -> required_files.File:

@@ -9,11 +9,14 @@ import pytest
 import torch
 import transformers
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from tdpo_cli import models
 from tdpo_cli.config.preset import Model
 from tdpo_cli.errors import RequestError, WorkError
+from tdpo_cli.models import kohya, lora_file
 from tdpo_cli.models.families.sdxl import StableDiffusionXL
 from tdpo_cli.models.loading import DTYPES
 from tdpo_cli.randomness import Randomness
@@ -272,3 +275,76 @@ def test_lora_is_loaded_by_diffusers(pipelines, tmp_path):
     plain.family.pipeline.load_lora_weights(tmp_path)
     _, theirs = ours_and_theirs(plain, 3, 5.0, "")
     assert (ours - theirs).abs().max() * 255 < 0.01
+
+
+# --- an artist's LoRA to start from -------------------------------------------------------------------------------------
+def artists(pipelines, folder, kohya_names, text):
+    """A LoRA as trained elsewhere: ranks that differ, alpha unlike rank, in diffusers' or kohya's names; and a pipeline that has it."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(pipelines[1])
+    draw = torch.Generator().manual_seed(3)
+    config = LoraConfig(r=4, lora_alpha=2, target_modules=["to_q", "to_v", "ff.net.2"], rank_pattern={"to_v": 6}, alpha_pattern={"to_v": 3})
+    encoders = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "v_proj"])
+    parts = {"unet": config, **({"text_encoder": encoders, "text_encoder_2": encoders} if text else {})}
+    given = {}
+    for name, one in parts.items():
+        network = getattr(pipeline, name)
+        network.add_adapter(one, adapter_name="artist")
+        for parameter in (p for key, p in network.named_parameters() if "lora_" in key):
+            parameter.data = torch.randn(parameter.shape, generator=draw) * 0.2
+        state = get_peft_model_state_dict(network, adapter_name="artist")
+        given |= {f"{name}_lora_layers": state, f"{name}_lora_adapter_metadata": network.peft_config["artist"].to_dict()}
+    pipeline.save_lora_weights(folder, **given)
+    if kohya_names:
+        file = lora_file.find(folder)
+        converted = kohya.convert(load_file(file), pipeline.unet.config.layers_per_block, lora_file.alpha_of(file))
+        file.unlink()
+        save_file(converted, file)
+    return pipeline
+
+
+@pytest.mark.parametrize("kohya_names", [False, True], ids=["diffusers", "kohya"])
+@pytest.mark.parametrize("text", [False, True], ids=["unet", "with text encoders"])
+def test_artists_lora_is_where_training_starts(pipelines, tmp_path, kohya_names, text):
+    theirs = artists(pipelines, tmp_path / "artist", kohya_names, text)
+    start = {"start_from": str(tmp_path / "artist"), "lora_rank": 2}
+    if text:
+        with pytest.raises(RequestError, match=r"has \d+ weights of text encoders .*text_lora=fuse"):
+            load(pipelines[1], trainable=True, **start)
+    policy = load(pipelines[1], trainable=True, text_lora="fuse", **start)
+    texts = policy.encode(PROMPTS)
+    embeds, _, pooled, _ = theirs.encode_prompt(PROMPTS, device="cpu", do_classifier_free_guidance=False)
+    torch.testing.assert_close(texts.parts["embeds"][:2], embeds, rtol=0, atol=1e-5)
+    torch.testing.assert_close(texts.parts["pooled"][:2], pooled, rtol=0, atol=1e-5)
+    x = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours = policy.family.denoise(x, torch.tensor([500, 20]), texts[:2], 1.0)
+        policy.family.network, network = theirs.unet, policy.family.network
+        expected = policy.family.denoise(x, torch.tensor([500, 20]), texts[:2], 1.0)
+        policy.family.network = network
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(predicted(policy, reference=True), predicted(policy), rtol=0, atol=0)
+
+    drawn(policy)
+    policy.save(tmp_path / "both")
+    assert not torch.allclose(predicted(policy), predicted(policy, reference=True), atol=1e-2)
+    again = load(pipelines[1], start_from=str(tmp_path / "both"))
+    torch.testing.assert_close(predicted(again), predicted(policy), rtol=0, atol=2e-4)
+    torch.testing.assert_close(again.encode(PROMPTS).parts["pooled"], policy.encode(PROMPTS).parts["pooled"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("mark", "kind"), [("dora_scale", "DoRA"), ("hada_w1_a", "LoHa"), ("lokr_w1", "LoKr")])
+def test_other_adapters_are_refused_by_name(pipelines, tmp_path, mark, kind):
+    artists(pipelines, tmp_path, True, False)
+    file = lora_file.find(tmp_path)
+    tensors = load_file(file)
+    layer = next(iter(tensors)).partition(".")[0]
+    save_file(tensors | {f"{layer}.{mark}": torch.ones(1)}, file)
+    for trainable in (True, False):
+        with pytest.raises(RequestError, match=rf"a {kind} adapter \({layer}.{mark}\)"):
+            load(pipelines[1], trainable=trainable, start_from=str(tmp_path))
+
+
+def test_lora_of_another_size_is_one_message(pipelines, tmp_path):
+    drawn(load(pipelines[2], trainable=True)).save(tmp_path)
+    with pytest.raises(RequestError, match="do not fit the base model"):
+        load(pipelines[1], trainable=True, start_from=str(tmp_path))

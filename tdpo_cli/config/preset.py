@@ -34,13 +34,13 @@ class Model:
     base: str = knob("CompVis/stable-diffusion-v1-4", "diffusers folder, hub id, or `sandbox`")
     revision: str | None = knob(None, "branch, tag or commit of a hub id")
     start_from: str | None = knob(None, "checkpoint folder, run or LoRA file whose weights training starts from")
-    lora_rank: int = knob(4, "rank of the LoRA on to_q, to_k, to_v, to_out.0 of every attention; 0 trains the whole UNet", at_least=0)
+    lora_rank: int = knob(4, "rank of the LoRA; 0 trains the whole denoising network", at_least=0)
     lora_alpha: float | None = knob(None, "a new LoRA's contribution is multiplied by alpha / rank; default the rank", above=0)
     lora_targets: tuple[str, ...] | None = knob(None, "suffixes of the module names that get a LoRA; default the family's attention")
     text_lora: Literal["refuse", "fuse"] = knob("refuse", "text-encoder weights in the LoRA of start_from: an error, or part of the frozen base")
     vae: str | None = knob(None, "another VAE: a folder or hub id; default the base model's")
     allow_distilled: bool = knob(False, "train a model that was distilled to few steps all the same")
-    dtype: Literal["fp32", "fp16", "bf16"] = knob("fp16", "of UNet, VAE and text encoder on a GPU; a CPU computes in fp32")
+    dtype: Literal["fp32", "fp16", "bf16"] = knob("fp16", "of the networks on a GPU; a CPU computes in fp32")
     resolution: tuple[int, int] | None = knob(None, "pixels: a number, or [height, width]; default the model's own", at_least=8)
     drop_t5: bool = knob(False, "Stable Diffusion 3: leave out its third text encoder, T5, which needs the most memory")
     tf32: bool = knob(True, "allow TF32 matrix products on a GPU")
@@ -155,7 +155,7 @@ class Run:
     memory_limit: str | None = knob(
         None, "bytes a process may use, as 12GB, or auto (what is free); it chooses how the work is cut up, never the result"
     )
-    compile: bool = knob(False, "compile the UNet's transformer blocks (torch.compile): minutes at the start, faster afterwards on a GPU")
+    compile: bool = knob(False, "compile the denoising network's repeated blocks (torch.compile): minutes at the start, faster afterwards on a GPU")
     max_bad_steps: int = knob(10, "optimizer steps with a non-finite loss or gradient before the run stops", at_least=1)
 
 

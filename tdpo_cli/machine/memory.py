@@ -28,7 +28,7 @@ class Plan:
     micro_batch: int  # samples per forward and backward pass
     sample_batch: int  # samples denoised at a time
     decode_chunk: int  # images per VAE and encoder call
-    checkpointing: bool = False  # recompute the UNet's activations in the backward pass: a third slower, a fraction of the memory
+    checkpointing: bool = False  # recompute the denoising network's activations in the backward pass: a third slower, a fraction of the memory
     park: bool = False  # scorers wait in main memory while they are not used
     offload: bool = False  # the trajectory waits in main memory (pinned)
 
@@ -192,7 +192,7 @@ def _ways(preset: Preset, micro_batch: int) -> Iterator[str]:
     if preset.model.dtype == "fp32":
         yield "model.dtype=fp16 (on a GPU)"
     if preset.model.lora_rank == 0:
-        yield "model.lora_rank=4 instead of the whole UNet"
+        yield "model.lora_rank=4 instead of the whole network"
     if preset.reward.watch:
         yield "fewer rewards in reward.watch"
     yield f"rollout.samples_per_epoch (it is {preset.rollout.samples_per_epoch}), or share them among more processes"

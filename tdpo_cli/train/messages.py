@@ -21,7 +21,7 @@ def header(job: Job, out: Path, first_epoch: int) -> Sequence[tuple[str, str]]:
     """What will happen, before it does."""
     preset, world = job.preset, job.world
     trained = sum(p.numel() for p in job.policy.trainable.values())
-    how = f"LoRA rank {preset.model.lora_rank}" if preset.model.lora_rank else "whole UNet"
+    how = f"LoRA rank {preset.model.lora_rank}" if preset.model.lora_rank else "whole network"
     epochs = f"{preset.run.epochs}" if first_epoch == 0 else f"{preset.run.epochs}, continuing at epoch {first_epoch}"
     reset = f"{preset.algorithm.reset_target} neurons every {preset.algorithm.reset_every} epochs"
     rows = [

@@ -42,7 +42,7 @@ def _write_checkpoint(job: Job, path: Path, rows: Sequence[dict[str, Any]]) -> N
     job.policy.save(path)
     if job.critic is not None:
         save_file({name: tensor.cpu().contiguous() for name, tensor in job.critic.state_dict().items()}, path / "critic.safetensors")
-    (path / "README.md").write_text(model_card(job.preset, rows, job.prompts), encoding="utf-8")
+    (path / "README.md").write_text(model_card(job.preset, rows, job.prompts, job.policy.family.component), encoding="utf-8")
 
 
 def preview(job: Job, folder: RunDir, title: str, file: str) -> None:

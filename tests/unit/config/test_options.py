@@ -347,7 +347,8 @@ def eval_prompts():
     """rollout.eval_prompts is for cross-eval; the dry run names it."""
     from helpers import tdpo
 
-    assert "held out: my.txt" in tdpo("train", "--dry-run", "--set", "rollout.eval_prompts=my.txt").err
+    file = two_prompts()
+    assert f"held out: {file}" in tdpo("train", "--dry-run", "--set", f"rollout.eval_prompts={file}").err.replace("\n", "")
 
 
 def watch():

@@ -98,6 +98,10 @@ class Algorithm:
     critic_activation: Literal["none", "relu"] = knob("none", "between the critic's layers; the published critic has none, so it is linear")
     critic_steps: int = knob(1, "optimizer steps of the critic per optimizer step of the policy, on the same batch; 1 is published", at_least=1)
     critic_init_std: float | None = knob(None, "standard deviation of the critic's initial and reset weights; default 1/(E+1)", above=0)
+    critic_state: Literal["x_t", "x0"] | None = knob(
+        None, "what the critic sees of step k: the state x_t before it, as published, or the clean image x0 predicted from it, with k/T beside; "
+        "default the family's own (x_t with DDIM, x0 with flow matching)",
+    )  # fmt: skip
     reset_every: int = knob(10, "tdpo-r: epochs between neuron resets", at_least=1)
     reset_target: Literal["active", "dormant", "all", "none"] = knob("active", "tdpo-r: which neurons are re-initialised (dormant is ReDo)")
     dormant_threshold: float = knob(0.0, "a neuron whose normalised activation is at most this counts as dormant", at_least=0)
@@ -197,6 +201,11 @@ class Preset:
     @property
     def has_critic(self) -> bool:
         return self.algorithm.facts.critic
+
+    @property
+    def critic_beside(self) -> int:
+        """Numbers that the critic reads beside an embedding: k/T where it sees x0."""
+        return int(self.algorithm.critic_state == "x0")
 
     @property
     def needs_reference(self) -> bool:
@@ -417,10 +426,12 @@ def _check_noise(rollout: Rollout, where: str) -> None:
 
 
 def own_values(preset: Preset, recorded: Preset) -> Preset:
-    """Noise settings that are left to the model's family, as a run has recorded them."""
-    keys = ("eta", "dynamics", "noise_level", "window")
-    own = {key: getattr(recorded.rollout, key) for key in keys if getattr(preset.rollout, key) is None}
-    return dataclasses.replace(preset, rollout=dataclasses.replace(preset.rollout, **own))
+    """Settings that are left to the model's family, as a run has recorded them."""
+    for section, keys in {"rollout": ("eta", "dynamics", "noise_level", "window"), "algorithm": ("critic_state",)}.items():
+        asked, had = getattr(preset, section), getattr(recorded, section)
+        own = {key: getattr(had, key) for key in keys if getattr(asked, key) is None}
+        preset = dataclasses.replace(preset, **{section: dataclasses.replace(asked, **own)})
+    return preset
 
 
 def _section(section: str, keys: Mapping[str, Any], where: str) -> Any:

@@ -92,7 +92,7 @@ def build(preset: Preset, world: World, plan: memory.Plan) -> Job:
     encoder = critic = None
     if preset.has_critic:
         encoder = critic_encoder(preset.reward.train, backbones, checkpoints)
-        critic = Critic(encoder.embed_dim, preset.algorithm.critic_init_std, preset.algorithm.critic_activation)
+        critic = Critic(encoder.embed_dim, preset.algorithm.critic_init_std, preset.algorithm.critic_activation, preset.critic_beside)
         critic.initialise(randomness.initial_weights("critic"))
         critic.to(world.device)
     optimizers = make_optimizers(policy, critic, preset)

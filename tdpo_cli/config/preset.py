@@ -39,6 +39,7 @@ class Model:
     lora_targets: tuple[str, ...] | None = knob(None, "suffixes of the module names that get a LoRA; default the family's attention")
     text_lora: Literal["refuse", "fuse"] = knob("refuse", "text-encoder weights in the LoRA of start_from: an error, or part of the frozen base")
     vae: str | None = knob(None, "another VAE: a folder or hub id; default the base model's")
+    tiny_vae: str | None = knob(None, "the AutoencoderTiny of algorithm.critic_view tiny: a folder or hub id made for this model's latents")
     allow_distilled: bool = knob(False, "train a model that was distilled to few steps all the same")
     dtype: Literal["fp32", "fp16", "bf16"] = knob("fp16", "of UNet, VAE and text encoder on a GPU; a CPU computes in fp32")
     resolution: tuple[int, int] | None = knob(None, "pixels: a number, or [height, width]; default the model's own", at_least=8)
@@ -101,6 +102,10 @@ class Algorithm:
     critic_state: Literal["x_t", "x0"] | None = knob(
         None, "what the critic sees of step k: the state x_t before it, as published, or the clean image x0 predicted from it, with k/T beside; "
         "default the family's own (x_t with DDIM, x0 with flow matching)",
+    )  # fmt: skip
+    critic_view: Literal["decode", "tiny", "rgb"] = knob(
+        "decode", "how the critic's pictures are made of latents: by the VAE, as published; by model.tiny_vae; or by a linear map to colours, "
+        "fitted at the start. The last two are faster and another algorithm",
     )  # fmt: skip
     reset_every: int = knob(10, "tdpo-r: epochs between neuron resets", at_least=1)
     reset_target: Literal["active", "dormant", "all", "none"] = knob("active", "tdpo-r: which neurons are re-initialised (dormant is ReDo)")
@@ -391,6 +396,11 @@ def check(preset: Preset, where: str) -> Preset:
         raise SettingError(
             f"{where}: algorithm.update_mode all-timesteps is DDPO's; {preset.algorithm.name} takes one optimizer step per timestep "
             "slot. Use algorithm.name=ddpo or update_mode=per-timestep."
+        )
+    if preset.has_critic and preset.algorithm.critic_view == "tiny" and preset.model.tiny_vae is None:
+        raise SettingError(
+            f"{where}: algorithm.critic_view tiny needs model.tiny_vae, an AutoencoderTiny made for this model's latents (for Stable Diffusion "
+            "madebyollin/taesd, for SDXL madebyollin/taesdxl): --set model.tiny_vae=PATH"
         )
     for tracker in preset.run.trackers:
         if tracker not in TRACKERS:

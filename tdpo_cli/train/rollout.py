@@ -39,11 +39,11 @@ class Actor:
 
     def __init__(
         self, policy: Policy, critic: Critic | None, encoder: ImageEncoder | None, randomness: Randomness,
-        preset: Preset, plan: Plan, backbones: Backbones | None = None,
+        preset: Preset, plan: Plan, backbones: Backbones | None = None, view: Callable[[Tensor], Tensor] | None = None,
     ):  # fmt: skip
         self.policy, self.critic, self.encoder, self.randomness = policy, critic, encoder, randomness
         self.preset, self.plan = preset, plan
-        self.backbones = backbones or Backbones()
+        self.backbones, self.view = backbones or Backbones(), view or policy.decode
 
     def draw(self, epoch: int, choices: Sequence[str]) -> Draw:
         """Draw a prompt of `choices` for every sample of the epoch, and encode each distinct one once."""
@@ -132,7 +132,7 @@ class Actor:
         pairs = torch.arange(samples * columns, device=seen.device)  # rows of a chunk are gathered, never a second copy of all
         with torch.inference_mode(), self.backbones.awake(self.encoder):
             parts = (seen[part // columns, part % columns] for part in pairs.split(self.plan.decode_chunk))
-            embeds = torch.cat([self.encoder(self.policy.decode(send(part, self.policy.device))) for part in parts])
+            embeds = torch.cat([self.encoder(self.view(send(part, self.policy.device))) for part in parts])
             if film.x0 is not None:
                 # a clean image does not show how far the denoising is
                 progress = torch.tensor(film.steps, device=embeds.device) / len(self.policy.timesteps)

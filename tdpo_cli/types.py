@@ -63,6 +63,7 @@ class Transition:
     mean: Tensor  # [b,C,h,w] float32
     std: Tensor  # [b,1,1,1] float32; 0 where the step is deterministic
     x0: Tensor  # [b,C,h,w] float32, the clean image that the network predicts from x_t
+    prediction: Tensor | None = None  # [b,C,h,w], what the network said, with guidance; set by `Policy.transition`
 
     def sample(self, noise: Tensor) -> Tensor:
         return self.mean + self.std * noise

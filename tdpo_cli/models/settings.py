@@ -38,6 +38,8 @@ def fit(preset: Preset, entry: FamilyEntry) -> Preset:
             "window": rollout.window is not None,
         }
         _refuse(wrong, f"for flow-matching models; {entry.title} is sampled with DDIM, whose noise is rollout.eta.")
+        if preset.update.kl_kind == "flow-grpo":
+            raise RequestError(f"update.kl_kind flow-grpo is for flow-matching models; with {entry.title}: --set update.kl_kind=gaussian")
         return replace(preset, rollout=replace(rollout, eta=ETA if rollout.eta is None else rollout.eta))
     wrong = {"eta": rollout.eta is not None, "dynamics": rollout.dynamics == "ddim"}
     _refuse(wrong, f"for DDIM; {entry.title} is a flow-matching model, whose noise is rollout.noise_level.")

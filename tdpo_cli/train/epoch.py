@@ -105,7 +105,8 @@ class _Watch(Observer):
 
 def _fault(step: Step, prompts: Sequence[str]) -> str:
     """What was not finite in an optimizer step, and for which prompts."""
-    batch, parts = step.batch, [("policy loss", step.policy.losses, step.batch.sample_index[step.batch.own])]
+    batch, own = step.batch, step.batch.sample_index[step.batch.own]
+    parts = [("policy loss", step.policy.losses, own), ("KL term of the loss", step.policy.kl, own)]
     if step.critic is not None:
         parts.append(("critic loss", step.critic.losses, batch.sample_index))
     for name, losses, samples in parts:

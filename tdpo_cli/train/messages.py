@@ -66,6 +66,19 @@ def epoch_line(row: dict[str, Any], first: dict[str, Any], preset: Preset) -> st
     return "  ".join([*parts, f"{row['seconds/total']:.1f} s"])
 
 
+def drift_line(rows: Sequence[dict[str, Any]], preset: Preset) -> str | None:
+    """A warning after the run's first epoch whose ratios were not 1 before the first optimizer step; None after all others."""
+    limit = max(preset.update.clip_range / 10, 2e-5)
+    *before, now = (row.get("ratio_drift") or 0.0 for row in rows)
+    if now <= limit or any(drift > limit for drift in before):
+        return None
+    return (
+        f"epoch {rows[-1]['epoch']}: before the first optimizer step the ratio of new and old probability should be 1, and its logarithm is up to "
+        f"{significant(now, 2)} (ratio_drift; at most {significant(limit, 2)} is rounding). Usual causes: update.guidance is false while the rollout is "
+        "guided; the network computes in half precision (model.dtype) and in batches of another size; run.compile; dropout in the network."
+    )
+
+
 def verdict_line(rows: Sequence[dict[str, Any]], preset: Preset) -> str | None:
     """The verdict's sentence after the epoch that changed it; None while it stays what it was, or before there is one."""
     now, before = verdict.read(rows, preset), verdict.read(rows[:-1], preset)

@@ -46,8 +46,12 @@ class Actor:
         self.backbones, self.view = backbones or Backbones(), view or policy.decode
 
     def draw(self, epoch: int, choices: Sequence[str]) -> Draw:
-        """Draw a prompt of `choices` for every sample of the epoch, and encode each distinct one once."""
-        prompts = self.randomness.prompts(epoch, range(self.preset.rollout.samples_per_epoch), choices)
+        """Draw a prompt of `choices` for every sample of the epoch, or one for each group; encode each distinct one once."""
+        count, group = self.preset.rollout.samples_per_epoch, self.preset.group_size
+        if group is None:
+            prompts = self.randomness.prompts(epoch, range(count), choices)
+        else:
+            prompts = self.randomness.groups(epoch, count // group, group, choices)
         key = {prompt: self.policy.normal_form(prompt) for prompt in set(prompts)}
         with torch.inference_mode():
             texts, rows = encode(self.policy, prompts)
@@ -100,7 +104,7 @@ class Actor:
             latents=latents,
             final=latents[:, -1] if ends else room((count, *shape), policy.device, offload),
             log_probs=scores(),
-            ref_log_probs=scores() if self.preset.needs_reference else None,
+            ref_log_probs=scores() if self.preset.scores_reference else None,
             x0=room((count, len(steps), *shape), policy.device, offload) if self._looks and self.preset.algorithm.critic_state == "x0" else None,
         )
 

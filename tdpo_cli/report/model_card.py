@@ -33,7 +33,8 @@ def model_card(preset: Preset, rows: Sequence[Mapping[str, Any]], prompts: Seque
 # {name} on {_short(preset.reward.train)}, epoch {last["epoch"]}
 
 `{_short(preset.model.base)}`, trained with tdpo {__version__} to please the reward `{_short(preset.reward.train)}`:
-{last["reward_queries"]:,} reward queries, {last["updates"]:,} optimizer steps. This folder holds {_average(preset)}{what} after epoch {last["epoch"]} (the first is 0).
+{last["reward_queries"]:,} reward queries, {last["updates"]:,} optimizer steps.
+This folder holds {_average(preset)}{what} after epoch {last["epoch"]} (the first is 0).
 
 ```python
 {_loading(preset, prompts[0], component)}

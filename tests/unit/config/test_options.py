@@ -242,7 +242,9 @@ def test_more_groups_than_distinct_prompts_are_refused(tmp_path):
 
 def test_without_a_kl_coefficient_there_is_no_reference_pass(monkeypatch):
     real, references = Policy.transition, []
-    monkeypatch.setattr(Policy, "transition", lambda self, *args, reference=False: references.append(reference) or real(self, *args, reference=reference))
+    monkeypatch.setattr(
+        Policy, "transition", lambda self, *args, reference=False: references.append(reference) or real(self, *args, reference=reference)
+    )
     for coefficient in (0.0, 0.1):
         references.clear()
         row = run_epoch(start({"update.kl_coef": coefficient}), 0, Console(quiet=True))
@@ -259,7 +261,9 @@ def test_the_checkpoint_holds_the_average_and_the_state_the_weights(tmp_path):
         held = job.policy.state_dict()
     assert same(list(held.values()), average.values) and not same(held, raw)
     assert same(job.policy.state_dict(), raw)
-    saved = {name.replace("unet.", "").replace(".lora", "").replace(".weight", ""): value for name, value in load_file(tmp_path / lora_file.FILE).items()}
+    saved = {
+        name.replace("unet.", "").replace(".lora", "").replace(".weight", ""): value for name, value in load_file(tmp_path / lora_file.FILE).items()
+    }
     assert len(saved) == len(held) and same(sorted(v.sum().item() for v in saved.values()), sorted(v.sum().item() for v in held.values()))
 
 

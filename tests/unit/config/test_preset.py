@@ -259,7 +259,13 @@ def test_batch_arithmetic(settings, trained_steps, updates):
 
 @pytest.mark.parametrize(
     "settings, needed",
-    [({}, False), ({"algorithm__reference": True}, True), ({"algorithm__kl_penalty_coef": 0.1}, True), ({"algorithm__kl_target": 6}, True), ({"update__kl_coef": 0.1}, True)],
+    [
+        ({}, False),
+        ({"algorithm__reference": True}, True),
+        ({"algorithm__kl_penalty_coef": 0.1}, True),
+        ({"algorithm__kl_target": 6}, True),
+        ({"update__kl_coef": 0.1}, True),
+    ],
 )
 def test_when_a_reference_is_needed(settings, needed):
     assert make_preset(**settings).needs_reference is needed

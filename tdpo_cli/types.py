@@ -97,7 +97,7 @@ class Trajectory:
     latents: Tensor  # [B,S+1,C,h,w] float32; entry j is the state before the step of column j
     log_probs: Tensor  # [B,S] float32, means over latent elements
     ref_log_probs: Tensor | None  # [B,S], the same transitions under the initial policy
-    image_embeds: Tensor | None  # [B,S,E], of the state before each step; None without a critic
+    image_embeds: Tensor | None  # [B,S,E], all that the critic reads of a step; [B,S,E+1] with k/T last where its state is x0; None without a critic
     values: Tensor | None  # [B,S], the critic's estimate of the return; None without a critic
     images: Tensor  # [B,3,H,W] float32 in [0,1], the final images; none any more once they are scored
     home: Tensor | None = None  # [B] int64, the process that keeps each sample's latents, by sample id; None: all are here

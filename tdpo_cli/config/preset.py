@@ -39,6 +39,7 @@ class Model:
     lora_targets: tuple[str, ...] | None = knob(None, "suffixes of the module names that get a LoRA; default the family's attention")
     text_lora: Literal["refuse", "fuse"] = knob("refuse", "text-encoder weights in the LoRA of start_from: an error, or part of the frozen base")
     vae: str | None = knob(None, "another VAE: a folder or hub id; default the base model's")
+    tiny_vae: str | None = knob(None, "the AutoencoderTiny of algorithm.critic_view tiny: a folder or hub id made for this model's latents")
     allow_distilled: bool = knob(False, "train a model that was distilled to few steps all the same")
     dtype: Literal["fp32", "fp16", "bf16"] = knob("fp16", "of the networks on a GPU; a CPU computes in fp32")
     resolution: tuple[int, int] | None = knob(None, "pixels: a number, or [height, width]; default the model's own", at_least=8)
@@ -98,6 +99,14 @@ class Algorithm:
     critic_activation: Literal["none", "relu"] = knob("none", "between the critic's layers; the published critic has none, so it is linear")
     critic_steps: int = knob(1, "optimizer steps of the critic per optimizer step of the policy, on the same batch; 1 is published", at_least=1)
     critic_init_std: float | None = knob(None, "standard deviation of the critic's initial and reset weights; default 1/(E+1)", above=0)
+    critic_state: Literal["x_t", "x0"] | None = knob(
+        None, "what the critic sees of step k: the state x_t before it, as published, or the clean image x0 predicted from it, with k/T beside; "
+        "default the family's own (x_t with DDIM, x0 with flow matching)",
+    )  # fmt: skip
+    critic_view: Literal["decode", "tiny", "rgb"] = knob(
+        "decode", "how the critic's pictures are made of latents: by the VAE, as published; by model.tiny_vae; or by a linear map to colours, "
+        "fitted at the start. The last two are faster and another algorithm",
+    )  # fmt: skip
     reset_every: int = knob(10, "tdpo-r: epochs between neuron resets", at_least=1)
     reset_target: Literal["active", "dormant", "all", "none"] = knob("active", "tdpo-r: which neurons are re-initialised (dormant is ReDo)")
     dormant_threshold: float = knob(0.0, "a neuron whose normalised activation is at most this counts as dormant", at_least=0)
@@ -197,6 +206,11 @@ class Preset:
     @property
     def has_critic(self) -> bool:
         return self.algorithm.facts.critic
+
+    @property
+    def critic_beside(self) -> int:
+        """Numbers that the critic reads beside an embedding: k/T where it sees x0."""
+        return int(self.algorithm.critic_state == "x0")
 
     @property
     def needs_reference(self) -> bool:
@@ -383,6 +397,11 @@ def check(preset: Preset, where: str) -> Preset:
             f"{where}: algorithm.update_mode all-timesteps is DDPO's; {preset.algorithm.name} takes one optimizer step per timestep "
             "slot. Use algorithm.name=ddpo or update_mode=per-timestep."
         )
+    if preset.has_critic and preset.algorithm.critic_view == "tiny" and preset.model.tiny_vae is None:
+        raise SettingError(
+            f"{where}: algorithm.critic_view tiny needs model.tiny_vae, an AutoencoderTiny made for this model's latents (for Stable Diffusion "
+            "madebyollin/taesd, for SDXL madebyollin/taesdxl): --set model.tiny_vae=PATH"
+        )
     for tracker in preset.run.trackers:
         if tracker not in TRACKERS:
             raise SettingError(f"{where}: run.trackers: unknown tracker {tracker!r}.{suggest(tracker, TRACKERS)} Known: {', '.join(TRACKERS)}.")
@@ -417,10 +436,12 @@ def _check_noise(rollout: Rollout, where: str) -> None:
 
 
 def own_values(preset: Preset, recorded: Preset) -> Preset:
-    """Noise settings that are left to the model's family, as a run has recorded them."""
-    keys = ("eta", "dynamics", "noise_level", "window")
-    own = {key: getattr(recorded.rollout, key) for key in keys if getattr(preset.rollout, key) is None}
-    return dataclasses.replace(preset, rollout=dataclasses.replace(preset.rollout, **own))
+    """Settings that are left to the model's family, as a run has recorded them."""
+    for section, keys in {"rollout": ("eta", "dynamics", "noise_level", "window"), "algorithm": ("critic_state",)}.items():
+        asked, had = getattr(preset, section), getattr(recorded, section)
+        own = {key: getattr(had, key) for key in keys if getattr(asked, key) is None}
+        preset = dataclasses.replace(preset, **{section: dataclasses.replace(asked, **own)})
+    return preset
 
 
 def _section(section: str, keys: Mapping[str, Any], where: str) -> Any:

@@ -99,10 +99,11 @@ def phases(preset: Preset, processes: int = 1, plan: Plan = USUAL, gpu: bool = T
     parked = plan.park and gpu
     resting, encoder, scorer = (0, *footprint.largest_scorers(preset, nets)) if parked else (scorers, scorers, scorers)
     always = footprint.weight_bytes(preset, nets, bytes_each) + (footprint.CUDA_CONTEXT if gpu else footprint.LIBRARIES)
+    clean = footprint.clean_bytes(preset, nets, processes)
     if not (plan.offload and gpu):
         always += footprint.trajectory_bytes(preset, nets, processes)
     else:
-        images = 0
+        images = clean = 0
     rows = min(plan.micro_batch, -(-preset.update.batch_size // processes))
     parts = {
         "sampling": min(plan.sample_batch, mine) * guided * footprint.forward_bytes(nets, bytes_each),
@@ -110,7 +111,7 @@ def phases(preset: Preset, processes: int = 1, plan: Plan = USUAL, gpu: bool = T
         "scoring": min(plan.decode_chunk, mine) * looked,
         "training": rows * guided * footprint.backward_bytes(nets, bytes_each, plan.checkpointing),
     }
-    resident = {"sampling": resting, "decoding": encoder + images, "scoring": scorer + images, "training": resting}
+    resident = {"sampling": resting + clean, "decoding": encoder + images + clean, "scoring": scorer + images, "training": resting}
     copies = 1.0 if gpu else footprint.CPU_COPIES
     return {name: int(always + resident[name] + copies * part) for name, part in parts.items()}
 

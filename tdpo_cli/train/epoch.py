@@ -26,7 +26,7 @@ from tdpo_cli.types import Credit, ShufflePlan, Trajectory
 def run_epoch(job: Job, epoch: int, console: Console) -> dict[str, Any]:
     """One epoch in the paper's order. -> its row of metrics.jsonl"""
     preset, world, seconds = job.preset, job.world, {}
-    actor = Actor(job.policy, job.critic, job.encoder, job.randomness, preset, job.plan, job.backbones)
+    actor = Actor(job.policy, job.critic, job.encoder, job.randomness, preset, job.plan, job.backbones, job.view)
     start = time.perf_counter()
     if preset.rollout.window is not None:
         set_schedule(job.policy, preset, job.randomness, epoch)

@@ -37,6 +37,9 @@ def header(job: Job, out: Path, first_epoch: int) -> Sequence[tuple[str, str]]:
     ]
     if preset.algorithm.facts.resets:
         rows.insert(5, ("resets", reset))
+    if preset.has_critic:
+        views = {"decode": "by the VAE", "tiny": f"by {preset.model.tiny_vae}", "rgb": "by a linear map to colours"}
+        rows.insert(5, ("critic", f"sees {preset.algorithm.critic_state}, decoded {views[preset.algorithm.critic_view]}"))
     return rows
 
 

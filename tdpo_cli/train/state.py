@@ -21,6 +21,7 @@ from tdpo_cli.randomness import Randomness
 from tdpo_cli.rewards import Reward, scoring
 from tdpo_cli.rewards.backbones import Backbones, ImageEncoder
 from tdpo_cli.rewards.critic_encoder import critic_encoder
+from tdpo_cli.train import views
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Job:
     prompts: list[str]
     plan: memory.Plan
     backbones: Backbones = field(default_factory=Backbones)
+    view: views.View | None = None  # without a critic
     updates: int = 0  # optimizer steps that were not skipped
     bad_steps: int = 0  # that were skipped
 
@@ -59,6 +61,7 @@ class Job:
             "algorithm": self.algorithm.state_dict(),
             "updates": self.updates,
             "bad_steps": self.bad_steps,
+            "view": self.view.state_dict() if self.view else {},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -69,6 +72,8 @@ class Job:
         if self.critic:
             self.critic.load_state_dict(state["critic"])
             self.optimizers.critic.load_state_dict(state["critic_optimizer"])
+        if state.get("view"):  # what was fitted on the untrained policy; on another machine the last bits would be others
+            self.view.load_state_dict(state["view"])
         self.algorithm.load_state_dict(state["algorithm"])
         self.updates, self.bad_steps = state["updates"], state["bad_steps"]
 
@@ -89,16 +94,17 @@ def build(preset: Preset, world: World, plan: memory.Plan) -> Job:
         backbones.park()  # each network is on the device only while it is used
     checkpoints = scoring.checkpoints(preset.reward.zoo, preset.reward.checkpoints)
     rewards = scoring.load_rewards(preset.rewards, backbones, checkpoints)
-    encoder = critic = None
+    encoder = critic = view = None
     if preset.has_critic:
+        view = views.make(policy, preset, prompt_list, plan)
         encoder = critic_encoder(preset.reward.train, backbones, checkpoints)
-        critic = Critic(encoder.embed_dim, preset.algorithm.critic_init_std, preset.algorithm.critic_activation)
+        critic = Critic(encoder.embed_dim, preset.algorithm.critic_init_std, preset.algorithm.critic_activation, preset.critic_beside)
         critic.initialise(randomness.initial_weights("critic"))
         critic.to(world.device)
     optimizers = make_optimizers(policy, critic, preset)
     return Job(
         preset, world, policy, rewards, encoder, critic, optimizers, algorithms.make(preset), randomness, prompt_list,
-        plan, backbones,
+        plan, backbones, view=view,
     )  # fmt: skip
 
 

@@ -143,13 +143,15 @@ def read_pipeline(
     cls = getattr(diffusers, called, None)
     if cls is None:
         raise RequestError(f"{source}: a {called} needs a newer diffusers than {diffusers.__version__}: pip install -U diffusers")
-    known, parts = inspect.signature(cls.__init__).parameters, {}
+    known, parts = inspect.signature(cls.__init__).parameters, dict.fromkeys(absent)
     for name, entry in content.items():
         if name.startswith("_") or name not in known:
             continue
         if not isinstance(entry, list):  # a setting of the pipeline
             parts[name] = entry
-        elif entry[-1] is None or name in absent:
+        elif name in absent:
+            continue
+        elif entry[-1] is None:
             parts[name] = None
         else:
             kind, precision = _class_of(source, name, entry), dtypes.get(name, dtype)
@@ -160,9 +162,9 @@ def read_pipeline(
             else:
                 options = {"torch_dtype": precision} if issubclass(kind, nn.Module) else {}
                 parts[name] = component(kind, source, name, model.revision, **options)
-    absent = [name for name, one in known.items() if name not in (*parts, "self") and one.default is one.empty]
-    if absent:
-        raise RequestError(f"{source}: its model_index.json does not list {', '.join(absent)}, which a {called} needs. Download the model again.")
+    missing = [name for name, one in known.items() if name not in (*parts, "self") and one.default is one.empty]
+    if missing:
+        raise RequestError(f"{source}: its model_index.json does not list {', '.join(missing)}, which a {called} needs. Download the model again.")
     return cls(**parts)
 
 

@@ -78,9 +78,15 @@ def test_drop_t5_puts_zeros_in_place_of_its_tokens():
 def test_a_folder_without_t5_files_names_the_way_out(tmp_path):
     folder = shutil.copytree(SD3, tmp_path / "model")
     shutil.rmtree(folder / "text_encoder_3")
-    with pytest.raises(RequestError, match=r"no text_encoder_3/.*\nOr train without T5: --set model.drop_t5=true"):
+    with pytest.raises(RequestError, match=r"no text_encoder_3/.* Or train without T5: --set model.drop_t5=true"):
         load(folder)
     load(folder, drop_t5=True)
+    index = json.loads((folder / "model_index.json").read_text())
+    unlisted = {name: entry for name, entry in index.items() if name not in ("text_encoder_3", "tokenizer_3")}
+    (folder / "model_index.json").write_text(json.dumps(unlisted))
+    load(folder, drop_t5=True)
+    with pytest.raises(RequestError, match=r"does not list text_encoder_3, tokenizer_3.* Or train without T5"):
+        load(folder)
 
 
 def test_drop_t5_is_refused_by_another_family(flux_folder):

@@ -19,6 +19,34 @@ ROOT = Path(__file__).parent.parent
 def pytest_addoption(parser):
     parser.addoption("--traces", action="append", default=[], metavar="DIR", help="a golden trace's folder; may be repeated")
     parser.addoption("--pipelines", action="append", default=[], metavar="DIR", help="a diffusers folder, or a folder of some; may be repeated")
+    parser.addoption("--cpu-times", type=int, default=0, metavar="N", help="list the N tests that used most processor time, and the whole")
+
+
+# --- processor time -----------------------------------------------------------------------------------------------------
+COST = pytest.StashKey[dict[str, float]]()
+
+
+def cpu_seconds() -> float:
+    """User and system time of this process and of its children that ended."""
+    return sum(os.times()[:4])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    start = cpu_seconds()
+    try:
+        return (yield)
+    finally:  # a fixture's share is the first test's that uses it
+        item.config.stash.setdefault(COST, {})[item.nodeid] = cpu_seconds() - start
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if most := config.getoption("--cpu-times"):
+        costs = config.stash.get(COST, {})
+        terminalreporter.section(f"processor time, {most} of {len(costs)} tests")
+        for name in sorted(costs, key=costs.get, reverse=True)[:most]:
+            terminalreporter.write_line(f"{costs[name]:8.2f} s  {name}")
+        terminalreporter.write_line(f"{sum(costs.values()):8.2f} s  all tests; {cpu_seconds():.1f} s with imports and collection")
 
 
 @pytest.fixture

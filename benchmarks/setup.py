@@ -154,6 +154,7 @@ class Hashed:
     """A tokenizer without a vocabulary: words by their checksum."""
 
     model_max_length = 77
+    added_tokens_encoder: dict[str, int] = {}  # no textual inversion
 
     def __call__(self, texts: Sequence[str], **options: Any) -> Any:
         rows = [[49406, *(zlib.crc32(word.encode()) % 49000 for word in text.split())][:76] for text in texts]

@@ -35,6 +35,11 @@ class Randomness:
         draw = lambda i: torch.randint(len(choices), (), generator=self.generator("prompt", epoch, i)).item()
         return tuple(choices[draw(i)] for i in sample_ids)
 
+    def groups(self, epoch: int, count: int, group_size: int, choices: Sequence[str]) -> tuple[str, ...]:
+        """So many distinct prompts, each for `group_size` samples that follow each other."""
+        chosen = torch.randperm(len(choices), generator=self.generator("groups", epoch))[:count].tolist()
+        return tuple(choices[i] for i in chosen for _ in range(group_size))
+
     def window(self, epoch: int, choices: int) -> int:
         """Which of so many windows of denoising steps an epoch has: the same for all samples."""
         return torch.randint(choices, (), generator=self.generator("window", epoch)).item()

@@ -63,6 +63,7 @@ class Transition:
     mean: Tensor  # [b,C,h,w] float32
     std: Tensor  # [b,1,1,1] float32; 0 where the step is deterministic
     x0: Tensor  # [b,C,h,w] float32, the clean image that the network predicts from x_t
+    prediction: Tensor | None = None  # [b,C,h,w], what the network said, with guidance; set by `Policy.transition`
 
     def sample(self, noise: Tensor) -> Tensor:
         return self.mean + self.std * noise
@@ -97,7 +98,7 @@ class Trajectory:
     latents: Tensor  # [B,S+1,C,h,w] float32; entry j is the state before the step of column j
     log_probs: Tensor  # [B,S] float32, means over latent elements
     ref_log_probs: Tensor | None  # [B,S], the same transitions under the initial policy
-    image_embeds: Tensor | None  # [B,S,E], of the state before each step; None without a critic
+    image_embeds: Tensor | None  # [B,S,E], all that the critic reads of a step; [B,S,E+1] with k/T last where its state is x0; None without a critic
     values: Tensor | None  # [B,S], the critic's estimate of the return; None without a critic
     images: Tensor  # [B,3,H,W] float32 in [0,1], the final images; none any more once they are scored
     home: Tensor | None = None  # [B] int64, the process that keeps each sample's latents, by sample id; None: all are here

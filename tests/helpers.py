@@ -8,6 +8,7 @@ import signal
 import sys
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,6 +70,21 @@ def make_trajectory(policy: LinearPolicy, samples: int, embed_dim: int = 5, guid
         values=torch.randn(samples, steps, generator=draw) / 10,
         images=torch.rand(samples, 3, 4, 4, generator=draw),
     )
+
+
+def tiny_vae(folder: Path, seed: int = 0, channels: int = 4, factor: int = 4) -> str:
+    """A small AutoencoderTiny with random weights, for the sandbox's latents unless said otherwise. -> the folder"""
+    from diffusers import AutoencoderTiny
+
+    levels = factor.bit_length()  # each but the last doubles the size
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        vae = AutoencoderTiny(
+            encoder_block_out_channels=(8,) * levels, decoder_block_out_channels=(8,) * levels, num_encoder_blocks=(1,) * levels,
+            num_decoder_blocks=(1,) * levels, latent_channels=channels,
+        )  # fmt: skip
+    vae.save_pretrained(folder)
+    return str(folder)
 
 
 @dataclass(frozen=True)

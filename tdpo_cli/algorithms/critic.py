@@ -18,12 +18,13 @@ class Critic(nn.Module):
     Dropout comes as given keep masks, so that replicas of the critic stay identical; without masks there is none.
     """
 
-    def __init__(self, embed_dim: int, init_std: float | None = None, activation: str = "none"):
+    def __init__(self, embed_dim: int, init_std: float | None = None, activation: str = "none", beside: int = 0):
+        """beside: numbers that the first layer reads beside an embedding of width E."""
         super().__init__()
         self.activation = ACTIVATIONS[activation]
         self.embed_dim = embed_dim
         self.init_std = init_std if init_std is not None else 1 / (embed_dim + 1)  # also of reset neurons
-        sizes = (embed_dim, *WIDTHS)
+        sizes = (embed_dim + beside, *WIDTHS)
         self.layers = nn.ModuleList(nn.Linear(sizes[i], sizes[i + 1]) for i in range(len(WIDTHS)))
 
     def initialise(self, generator: torch.Generator) -> None:
@@ -33,7 +34,7 @@ class Critic(nn.Module):
             layer.bias.data.zero_()
 
     def forward(self, embeds: Tensor, keep_masks: Sequence[Tensor] | None = None) -> Tensor:
-        """embeds [b,E], keep_masks three of [b,width] (bool) -> values [b]"""
+        """embeds [b,E + beside], keep_masks three of [b,width] (bool) -> values [b]"""
         return self.outputs(embeds, keep_masks)[-1].squeeze(-1)
 
     def outputs(self, embeds: Tensor, keep_masks: Sequence[Tensor] | None = None) -> list[Tensor]:

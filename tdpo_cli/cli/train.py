@@ -21,7 +21,7 @@ from tdpo_cli.storage.run_dir import RunDir, next_free
 def train(
     preset: Annotated[Optional[str], typer.Option(metavar="NAME|FILE.toml", help="What to run [default: quickstart].")] = None,
     set_: options.SetOption = None,
-    algorithm: Annotated[Optional[str], typer.Option(metavar="ddpo|tdpo|tdpo-r", help="Same as --set algorithm.name=...")] = None,
+    algorithm: Annotated[Optional[str], typer.Option(metavar="ddpo|grpo|tdpo|tdpo-r", help="Same as --set algorithm.name=...")] = None,
     seed: Annotated[Optional[int], typer.Option(help="Same as --set run.seed=...")] = None,
     epochs: Annotated[Optional[int], typer.Option(help="Same as --set run.epochs=...")] = None,
     stop_on_overoptimisation: Annotated[
@@ -60,6 +60,9 @@ def train(
     else:
         resolved = presets.load(preset or "quickstart", overrides)
         _check(resolved)
+        unused = presets.without_effect(resolved)
+        if unused and launch.is_main():
+            Console(quiet=json_).warn(f"ignored with {resolved.algorithm.name}, on which they do not act: {', '.join(unused)}.")
     if dry_run:
         return _dry_run(resolved, json_)
     workers = Workers.of(gpus, processes, machines, machine_rank, main_address)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tdpo_cli.algorithms import ALGORITHMS, Facts
+from tdpo_cli.algorithms import ACTS_ON, ALGORITHMS, Facts
 from tdpo_cli.config.fields import SettingError, accepts_none, convert, knob, said, suggest, type_name
 
 if sys.version_info >= (3, 11):
@@ -34,13 +34,14 @@ class Model:
     base: str = knob("CompVis/stable-diffusion-v1-4", "diffusers folder, hub id, or `sandbox`")
     revision: str | None = knob(None, "branch, tag or commit of a hub id")
     start_from: str | None = knob(None, "checkpoint folder, run or LoRA file whose weights training starts from")
-    lora_rank: int = knob(4, "rank of the LoRA on to_q, to_k, to_v, to_out.0 of every attention; 0 trains the whole UNet", at_least=0)
+    lora_rank: int = knob(4, "rank of the LoRA; 0 trains the whole denoising network", at_least=0)
     lora_alpha: float | None = knob(None, "a new LoRA's contribution is multiplied by alpha / rank; default the rank", above=0)
     lora_targets: tuple[str, ...] | None = knob(None, "suffixes of the module names that get a LoRA; default the family's attention")
     text_lora: Literal["refuse", "fuse"] = knob("refuse", "text-encoder weights in the LoRA of start_from: an error, or part of the frozen base")
     vae: str | None = knob(None, "another VAE: a folder or hub id; default the base model's")
+    tiny_vae: str | None = knob(None, "the AutoencoderTiny of algorithm.critic_view tiny: a folder or hub id made for this model's latents")
     allow_distilled: bool = knob(False, "train a model that was distilled to few steps all the same")
-    dtype: Literal["fp32", "fp16", "bf16"] = knob("fp16", "of UNet, VAE and text encoder on a GPU; a CPU computes in fp32")
+    dtype: Literal["fp32", "fp16", "bf16"] = knob("fp16", "of the networks on a GPU; a CPU computes in fp32")
     resolution: tuple[int, int] | None = knob(None, "pixels: a number, or [height, width]; default the model's own", at_least=8)
     drop_t5: bool = knob(False, "Stable Diffusion 3: leave out its third text encoder, T5, which needs the most memory")
     tf32: bool = knob(True, "allow TF32 matrix products on a GPU")
@@ -51,6 +52,7 @@ class Rollout:
     prompts: str = knob("simple-animals", "training prompts: a built-in list, a .txt/.jsonl/.csv file")
     eval_prompts: str | None = knob(None, "held-out prompts for cross-eval")
     samples_per_epoch: int = knob(256, "images sampled and scored per epoch, over all processes", at_least=1, at_most=1_000_000)
+    images_per_prompt: int | None = knob(None, "grpo: images of each prompt, which are one group; divides samples_per_epoch; default 8", at_least=2)
     steps: int = knob(50, "denoising steps per image", at_least=1, at_most=1000)
     guidance_scale: float = knob(5.0, "classifier-free guidance; 1 or less is off", at_least=0)
     eta: float | None = knob(None, "DDIM noise; a policy gradient needs some", above=0, at_most=1)
@@ -90,14 +92,27 @@ class Reward:
 
 @dataclass(frozen=True)
 class Algorithm:
-    name: AlgorithmName = knob("tdpo-r", "ddpo has no critic; tdpo-r is tdpo with neuron resets")
+    name: AlgorithmName = knob("tdpo-r", "ddpo and grpo have no critic; tdpo-r is tdpo with neuron resets")
     gamma: float = knob(1.0, "discount per denoising step", at_least=0, at_most=1)
     advantage_norm: Literal["global", "per-prompt", "none"] = knob("global", "statistics that standardise the advantages (tdpo, tdpo-r)")
+    advantage_std: Literal["group", "epoch", "none"] = knob(
+        "group", "grpo: standard deviation that the advantages are divided by: of the prompt's rewards, of all of the epoch, or not at all (Dr. GRPO)"
+    )
+    advantage_clip: float = knob(5.0, "grpo: clip the advantages to +- this; 0 is off", at_least=0)
+    guard: bool = knob(False, "grpo: GRPO-Guard's ratio, centred at 1 and of equal spread at every step; its clip range is another")
     critic_coef: float = knob(1.0, "weight of the critic loss", at_least=0)
     critic_dropout: bool = knob(True, "dropout 0.2, 0.2, 0.1 behind the critic's first three layers while it trains")
     critic_activation: Literal["none", "relu"] = knob("none", "between the critic's layers; the published critic has none, so it is linear")
     critic_steps: int = knob(1, "optimizer steps of the critic per optimizer step of the policy, on the same batch; 1 is published", at_least=1)
     critic_init_std: float | None = knob(None, "standard deviation of the critic's initial and reset weights; default 1/(E+1)", above=0)
+    critic_state: Literal["x_t", "x0"] | None = knob(
+        None, "what the critic sees of step k: the state x_t before it, as published, or the clean image x0 predicted from it, with k/T beside; "
+        "default the family's own (x_t with DDIM, x0 with flow matching)",
+    )  # fmt: skip
+    critic_view: Literal["decode", "tiny", "rgb"] = knob(
+        "decode", "how the critic's pictures are made of latents: by the VAE, as published; by model.tiny_vae; or by a linear map to colours, "
+        "fitted at the start. The last two are faster and another algorithm",
+    )  # fmt: skip
     reset_every: int = knob(10, "tdpo-r: epochs between neuron resets", at_least=1)
     reset_target: Literal["active", "dormant", "all", "none"] = knob("active", "tdpo-r: which neurons are re-initialised (dormant is ReDo)")
     dormant_threshold: float = knob(0.0, "a neuron whose normalised activation is at most this counts as dormant", at_least=0)
@@ -112,7 +127,7 @@ class Algorithm:
     )
     kl_horizon: int = knob(2000, "samples over which the adaptive controller acts", at_least=1)
     update_mode: Literal["per-timestep", "all-timesteps"] = knob(
-        "per-timestep", "one optimizer step per batch and timestep slot, or (ddpo only) gradients accumulated over all timesteps"
+        "per-timestep", "one optimizer step per batch and timestep slot, or (ddpo, grpo) gradients accumulated over all timesteps"
     )
 
     @property
@@ -134,6 +149,13 @@ class Update:
     max_grad_norm: float = knob(1.0, "gradients of policy and critic are clipped to this norm, separately", above=0)
     clip_range: float = knob(1e-4, "PPO clip of the ratio; log-probs are element means, so ratios stay near 1", above=0)
     clip_range_critic: float = knob(0.2, "clip of the value around its old one; 0 is off", at_least=0)
+    kl_coef: float = knob(0.0, "weight of the KL term in the loss, against the weights that training started from; 0 is off", at_least=0)
+    kl_kind: Literal["prediction", "gaussian", "flow-grpo"] = knob(
+        "prediction",
+        "KL term: squared difference d of the predictions; or d of the steps' means, d^2 / (2 std^2); or that with Flow-GRPO's std, without sqrt(-dt)",
+    )
+    ema_decay: float = knob(0.0, "moving average of the trained weights, which checkpoints hold and previews show; 0 is off", at_least=0, below=1)
+    ema_every: int = knob(8, "optimizer steps between updates of the moving average", at_least=1)
     timestep_fraction: float = knob(1.0, "share of the denoising steps that is trained on", above=0, at_most=1)
     shuffle_samples: bool = knob(True, "visit samples in random order")
     shuffle_timesteps: bool = knob(True, "visit each sample's steps in its own random order")
@@ -155,7 +177,7 @@ class Run:
     memory_limit: str | None = knob(
         None, "bytes a process may use, as 12GB, or auto (what is free); it chooses how the work is cut up, never the result"
     )
-    compile: bool = knob(False, "compile the UNet's transformer blocks (torch.compile): minutes at the start, faster afterwards on a GPU")
+    compile: bool = knob(False, "compile the denoising network's repeated blocks (torch.compile): minutes at the start, faster afterwards on a GPU")
     max_bad_steps: int = knob(10, "optimizer steps with a non-finite loss or gradient before the run stops", at_least=1)
 
 
@@ -199,8 +221,36 @@ class Preset:
         return self.algorithm.facts.critic
 
     @property
+    def critic_beside(self) -> int:
+        """Numbers that the critic reads beside an embedding: k/T where it sees x0."""
+        return int(self.algorithm.critic_state == "x0")
+
+    @property
+    def group_size(self) -> int | None:
+        """Images of one prompt in an epoch, where the algorithm judges them against each other."""
+        if not self.algorithm.facts.groups:
+            return None
+        return GROUP_SIZE if self.rollout.images_per_prompt is None else self.rollout.images_per_prompt
+
+    @property
+    def all_timesteps(self) -> bool:
+        """Whether gradients are accumulated over all timesteps."""
+        return self.algorithm.facts.all_timesteps and self.algorithm.update_mode == "all-timesteps"
+
+    @property
+    def guard(self) -> bool:
+        return self.algorithm.facts.groups and self.algorithm.guard
+
+    @property
+    def scores_reference(self) -> bool:
+        """Whether every step of the rollout is scored under the reference too."""
+        shaped = not self.algorithm.facts.groups and (self.algorithm.kl_penalty_coef > 0 or self.algorithm.kl_target is not None)
+        return self.algorithm.reference or shaped
+
+    @property
     def needs_reference(self) -> bool:
-        return self.algorithm.reference or self.algorithm.kl_penalty_coef > 0 or self.algorithm.kl_target is not None
+        """Whether the weights that training started from must be kept."""
+        return self.scores_reference or self.update.kl_coef > 0
 
     @property
     def stochastic_steps(self) -> int:
@@ -221,7 +271,7 @@ class Preset:
 
     @property
     def updates_per_epoch(self) -> int:
-        slots = 1 if self.algorithm.update_mode == "all-timesteps" else self.trained_steps
+        slots = 1 if self.all_timesteps else self.trained_steps
         return self.update.inner_epochs * slots * (self.rollout.samples_per_epoch // self.update.batch_size)
 
     @property
@@ -237,6 +287,7 @@ class Preset:
         return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
 
 
+GROUP_SIZE = 8
 TRACKERS = ("tensorboard", "wandb")
 SECTIONS: dict[str, type] = {
     "model": Model, "rollout": Rollout, "sampling": Sampling, "reward": Reward, "algorithm": Algorithm, "update": Update, "run": Run,
@@ -278,8 +329,18 @@ def load(name_or_path: str, overrides: Sequence[tuple[str, Any]] = ()) -> Preset
         raise SettingError(f"{path}: cannot be read: {error.strerror}") from None
     if not isinstance(table, dict):
         raise SettingError(f"{path}: expected sections, got {said(table)}.")
-    preset = from_dict(table, where=path.name)
-    return override(preset, overrides)
+    preset = override(from_dict(table, where=path.name), overrides)
+    written = {key for key, _ in overrides}
+    for key in without_effect(preset):
+        if key in written:
+            raise SettingError(f"--set: {key} acts on {', '.join(ACTS_ON[key])} and not on {preset.algorithm.name}. Leave it out.")
+    return preset
+
+
+def without_effect(preset: Preset) -> list[str]:
+    """The settings that are not at their default and that the preset's algorithm does not read."""
+    changed = {key for key, _, _ in differences(Preset(), preset)}
+    return [key for key, names in ACTS_ON.items() if preset.algorithm.name not in names and key in changed]
 
 
 def from_dict(table: Mapping[str, Any], where: str) -> Preset:
@@ -378,10 +439,16 @@ def check(preset: Preset, where: str) -> Preset:
             f"{where}: update.timestep_fraction {preset.update.timestep_fraction} of {steps} steps is no step at all. "
             f"Use at least {math.ceil(10_000 / steps) / 10_000:g}."  # rounded up: 49 x (1/49) is below 1
         )
-    if preset.algorithm.update_mode == "all-timesteps" and not preset.algorithm.facts.all_timesteps:
+    group = preset.group_size
+    if group is not None and samples % group:
         raise SettingError(
-            f"{where}: algorithm.update_mode all-timesteps is DDPO's; {preset.algorithm.name} takes one optimizer step per timestep "
-            "slot. Use algorithm.name=ddpo or update_mode=per-timestep."
+            f"{where}: rollout.images_per_prompt {group} does not divide rollout.samples_per_epoch {samples}: groups must be whole. "
+            f"These would: {', '.join(str(n) for n in range(2, samples + 1) if samples % n == 0) or 'none'}."
+        )
+    if preset.has_critic and preset.algorithm.critic_view == "tiny" and preset.model.tiny_vae is None:
+        raise SettingError(
+            f"{where}: algorithm.critic_view tiny needs model.tiny_vae, an AutoencoderTiny made for this model's latents (for Stable Diffusion "
+            "madebyollin/taesd, for SDXL madebyollin/taesdxl): --set model.tiny_vae=PATH"
         )
     for tracker in preset.run.trackers:
         if tracker not in TRACKERS:
@@ -417,10 +484,12 @@ def _check_noise(rollout: Rollout, where: str) -> None:
 
 
 def own_values(preset: Preset, recorded: Preset) -> Preset:
-    """Noise settings that are left to the model's family, as a run has recorded them."""
-    keys = ("eta", "dynamics", "noise_level", "window")
-    own = {key: getattr(recorded.rollout, key) for key in keys if getattr(preset.rollout, key) is None}
-    return dataclasses.replace(preset, rollout=dataclasses.replace(preset.rollout, **own))
+    """Settings that are left to the model's family, as a run has recorded them."""
+    for section, keys in {"rollout": ("eta", "dynamics", "noise_level", "window"), "algorithm": ("critic_state",)}.items():
+        asked, had = getattr(preset, section), getattr(recorded, section)
+        own = {key: getattr(had, key) for key in keys if getattr(asked, key) is None}
+        preset = dataclasses.replace(preset, **{section: dataclasses.replace(asked, **own)})
+    return preset
 
 
 def _section(section: str, keys: Mapping[str, Any], where: str) -> Any:

@@ -140,7 +140,7 @@ def _sampling(source: Source) -> Sampling:
 
 def _model(one: Found, group: str, base: str) -> Model:
     how, weights = _sampling(one.source), one.source.checkpoint.weights
-    if weights is not None and not (Path(weights) / "unet").is_dir():
+    if weights is not None and lora_file.whole_network(Path(weights)) is None:
         lora_file.check(lora_file.find(Path(weights)))
     digests = hashes(weights)
     if one.run is None:

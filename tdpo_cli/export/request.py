@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tdpo_cli.errors import RequestError
-from tdpo_cli.models import checkpoints
+from tdpo_cli.models import checkpoints, lora_file
 from tdpo_cli.models.checkpoints import Source
 
 FORMATS = ("kohya",)
@@ -29,9 +29,9 @@ class ExportRequest:
         if source.preset.model.start_from is None:
             raise RequestError(f"{self.checkpoint}: no LoRA there to export, but a whole model.")
         folder = Path(source.preset.model.start_from)
-        if source.preset.model.lora_rank == 0 and (folder / "unet").is_dir():
+        if source.preset.model.lora_rank == 0 and (part := lora_file.whole_network(folder)) is not None:
             raise RequestError(
-                f"{folder}: a whole UNet was trained, and kohya's format holds LoRAs. diffusers reads {folder / 'unet'} as it is; for ComfyUI and "
+                f"{folder}: a whole network was trained, and kohya's format holds LoRAs. diffusers reads {folder / part} as it is; for ComfyUI and "
                 "A1111 save it inside its pipeline and convert that with diffusers' scripts/convert_diffusers_to_original_stable_diffusion.py."
             )
         out = self.file(source)

@@ -172,8 +172,14 @@ def trajectory_bytes(preset: Preset, nets: Networks, processes: int) -> float:
     own = -(-every // processes)
     travel = processes > 1 and (preset.update.inner_epochs > 1 or preset.update.batch_size % processes > 0)
     latents = own * (1 + travel) * (columns + 1) * nets.latent_elements * 4
-    embeds = (own + every * (processes > 1)) * columns * width * 4 * preset.has_critic
+    embeds = (own + every * (processes > 1)) * columns * (width + preset.critic_beside) * 4 * preset.has_critic
     return latents + embeds
+
+
+def clean_bytes(preset: Preset, nets: Networks, processes: int) -> float:
+    """Of this process' samples the clean image predicted at every trained step, in fp32, until the critic has seen it."""
+    own = -(-preset.rollout.samples_per_epoch // processes)
+    return own * preset.stochastic_steps * nets.latent_elements * 4 * (preset.has_critic and preset.critic_beside)
 
 
 def scorer_bytes(preset: Preset, nets: Networks) -> float:

@@ -28,7 +28,7 @@ class Plan:
     micro_batch: int  # samples per forward and backward pass
     sample_batch: int  # samples denoised at a time
     decode_chunk: int  # images per VAE and encoder call
-    checkpointing: bool = False  # recompute the UNet's activations in the backward pass: a third slower, a fraction of the memory
+    checkpointing: bool = False  # recompute the denoising network's activations in the backward pass: a third slower, a fraction of the memory
     park: bool = False  # scorers wait in main memory while they are not used
     offload: bool = False  # the trajectory waits in main memory (pinned)
 
@@ -99,10 +99,11 @@ def phases(preset: Preset, processes: int = 1, plan: Plan = USUAL, gpu: bool = T
     parked = plan.park and gpu
     resting, encoder, scorer = (0, *footprint.largest_scorers(preset, nets)) if parked else (scorers, scorers, scorers)
     always = footprint.weight_bytes(preset, nets, bytes_each) + (footprint.CUDA_CONTEXT if gpu else footprint.LIBRARIES)
+    clean = footprint.clean_bytes(preset, nets, processes)
     if not (plan.offload and gpu):
         always += footprint.trajectory_bytes(preset, nets, processes)
     else:
-        images = 0
+        images = clean = 0
     rows = min(plan.micro_batch, -(-preset.update.batch_size // processes))
     parts = {
         "sampling": min(plan.sample_batch, mine) * guided * footprint.forward_bytes(nets, bytes_each),
@@ -110,7 +111,7 @@ def phases(preset: Preset, processes: int = 1, plan: Plan = USUAL, gpu: bool = T
         "scoring": min(plan.decode_chunk, mine) * looked,
         "training": rows * guided * footprint.backward_bytes(nets, bytes_each, plan.checkpointing),
     }
-    resident = {"sampling": resting, "decoding": encoder + images, "scoring": scorer + images, "training": resting}
+    resident = {"sampling": resting + clean, "decoding": encoder + images + clean, "scoring": scorer + images, "training": resting}
     copies = 1.0 if gpu else footprint.CPU_COPIES
     return {name: int(always + resident[name] + copies * part) for name, part in parts.items()}
 
@@ -192,7 +193,7 @@ def _ways(preset: Preset, micro_batch: int) -> Iterator[str]:
     if preset.model.dtype == "fp32":
         yield "model.dtype=fp16 (on a GPU)"
     if preset.model.lora_rank == 0:
-        yield "model.lora_rank=4 instead of the whole UNet"
+        yield "model.lora_rank=4 instead of the whole network"
     if preset.reward.watch:
         yield "fewer rewards in reward.watch"
     yield f"rollout.samples_per_epoch (it is {preset.rollout.samples_per_epoch}), or share them among more processes"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -194,18 +194,20 @@ def load(family: Family, path: Path, name: str = ADAPTER) -> int:
         raise RequestError(f"{file}: the names of its weights are not known: {first_line(error)[:200]}") from None
     if not any("lora" in key for key in state):
         raise RequestError(f"{file}: no LoRA weights in it.")
-    scales = alphas[0] if alphas else None
+    _fold(state, alphas[0] if alphas else None)
     texts = {key: value for key, value in state.items() if key.startswith("text_encoder")}
     state = {key if key.startswith(f"{prefix}.") else f"{prefix}.{key}": value for key, value in state.items() if key not in texts}
     try:
         if state:
-            network.load_lora_adapter(state, prefix=prefix, network_alphas=scales, metadata=metadata, adapter_name=name)
+            network.load_lora_adapter(state, prefix=prefix, metadata=metadata, adapter_name=name)
         for part in TEXT_ENCODERS:
             if any(key.startswith(f"{part}.") for key in texts):
                 encoder = getattr(family.pipeline, part)
-                pipeline.load_lora_into_text_encoder(texts, scales, encoder, prefix=part, adapter_name=name, metadata=metadata)
+                pipeline.load_lora_into_text_encoder(texts, None, encoder, prefix=part, adapter_name=name, metadata=metadata)
                 encoder.requires_grad_(False)
     except (ValueError, RuntimeError, KeyError, IndexError, AttributeError) as error:
+        if "PEFT" in str(error):  # transformers' word for the LoRAs of its text encoders
+            raise RequestError(f"{file}: its weights of text encoders need another peft: {first_line(error)}") from None
         raise RequestError(f"{file}: these LoRA weights do not fit the base model: {first_line(error)}") from None
     loaded = parameters(network, name)
     if not loaded:
@@ -214,6 +216,16 @@ def load(family: Family, path: Path, name: str = ADAPTER) -> int:
         parameter.data = parameter.data.float()
         parameter.requires_grad_(False)
     return max(p.shape[0] for name_, p in loaded.items() if "lora_A" in name_)
+
+
+def _fold(state: dict[str, Tensor], alphas: Mapping[str, float] | None) -> None:
+    """Multiply alpha / rank into the up weights, in place: diffusers loses alphas that differ between layers of a kohya file."""
+    for key, alpha in (alphas or {}).items():
+        layer = key.removesuffix(".alpha")  # a layer's name, or that of its down weights
+        halves = [name for name in state if name == layer or name.startswith(f"{layer}.")]
+        down = next(name for name in halves if "lora_A" in name or ".down." in name)
+        up = down.replace("lora_A", "lora_B").replace(".down.", ".up.")
+        state[up] = state[up] * (float(alpha) / state[down].shape[0])
 
 
 def parameters(network: nn.Module, name: str = ADAPTER) -> dict[str, nn.Parameter]:

@@ -10,6 +10,7 @@ from typing import Any
 from tdpo_cli.config import preset as presets
 from tdpo_cli.config.preset import Model, Preset
 from tdpo_cli.errors import RequestError
+from tdpo_cli.models import lora_file
 from tdpo_cli.models.lora_file import FILE as LORA_FILE
 from tdpo_cli.storage.run_dir import RunDir
 
@@ -21,7 +22,7 @@ class Checkpoint:
     base: str  # a diffusers folder, a hub id or `sandbox`
     revision: str | None  # of a hub id
     dtype: str
-    weights: str | None  # a LoRA file, or a folder with a LoRA or a whole UNet; None is the base model itself
+    weights: str | None  # a LoRA file, or a folder with a LoRA or a whole network; None is the base model itself
     vae: str | None = None  # another one than the base model's
     resolution: tuple[int, int] | None = None  # (height, width) in pixels; None: the base model's own
 
@@ -72,12 +73,12 @@ def _of_run(run: RunDir, folder: Path, preset: str | None, overrides: Sequence[t
 
 
 def _weights(path: Path, settings: Preset, name: str) -> Source:
-    """LoRA weights on the base model, or a whole UNet in place of the base model's."""
+    """LoRA weights on the base model, or a whole network in place of the base model's."""
     if path.is_file() or (path / LORA_FILE).is_file() or any(path.glob("*.safetensors")):
         return Source(replace(settings, model=replace(settings.model, start_from=str(path))), name)
-    if (path / "unet" / "config.json").is_file():
+    if lora_file.whole_network(path) is not None:
         return Source(replace(settings, model=replace(settings.model, start_from=str(path), lora_rank=0)), name)
-    raise RequestError(f"{path}: neither LoRA weights ({LORA_FILE}) nor a unet/ nor a run nor a diffusers model there.")
+    raise RequestError(f"{path}: neither LoRA weights ({LORA_FILE}) nor a whole network (unet/, transformer/) nor a run nor a diffusers model there.")
 
 
 def _settings(preset: str | None, overrides: Sequence[tuple[str, Any]]) -> Preset:

@@ -170,16 +170,21 @@ def vae(cls: type, source: str, model: Model, dtype: torch.dtype) -> nn.Module:
     """`model.vae`, which lies in a folder of its own or in a pipeline's, else the base model's. Raises RequestError."""
     if model.vae is None:
         return component(cls, source, "vae", model.revision, torch_dtype=dtype)
-    folder = Path(model.vae).expanduser()
+    return named_vae(cls, "model.vae", model.vae, dtype)
+
+
+def named_vae(cls: type, key: str, name: str, dtype: torch.dtype) -> nn.Module:
+    """A VAE from a folder or hub id, of its own or of a pipeline; `key` is the setting that names it. Raises RequestError."""
+    folder = Path(name).expanduser()
     if folder.exists():
         return component(cls, str(folder), "vae" if (folder / "vae").is_dir() else "", None, torch_dtype=dtype)
-    if folder.is_absolute() or model.vae.startswith(".") or model.vae.count("/") != 1:
-        raise RequestError(f"model.vae {model.vae}: no such folder, and not a hub id (owner/name) either.")
+    if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise RequestError(f"{key} {name}: no such folder, and not a hub id (owner/name) either.")
     try:
-        return component(cls, model.vae, "", None, torch_dtype=dtype)
+        return component(cls, name, "", None, torch_dtype=dtype)
     except RequestError as error:
         with contextlib.suppress(RequestError):
-            return component(cls, model.vae, "vae", None, torch_dtype=dtype)
+            return component(cls, name, "vae", None, torch_dtype=dtype)
         raise error
 
 

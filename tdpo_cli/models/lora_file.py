@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FILE = "pytorch_lora_weights.safetensors"
+COMPONENTS = ("unet", "transformer")  # what a denoising network is called in a pipeline
+
+
+def whole_network(path: Path) -> str | None:
+    """The folder with a whole network, `unet` or `transformer`, in a checkpoint of full fine-tuning; None in any other."""
+    return next((name for name in COMPONENTS if (path / name / "config.json").is_file()), None)
 
 
 def find(path: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -97,7 +98,8 @@ class Policy:
 
     def transition(self, x_t: Tensor, k: Tensor, texts: Conditioning, rows: Tensor, guidance: float, reference: bool = False) -> Transition:
         """p(x' | x_t, c) of step k. Arguments as for `predict`."""
-        return self.sampler.step(self.predict(x_t, k, texts, rows, guidance, reference), x_t, k)
+        prediction = self.predict(x_t, k, texts, rows, guidance, reference)
+        return replace(self.sampler.step(prediction, x_t, k), prediction=prediction)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from tdpo_cli.errors import RequestError
 from tdpo_cli.models import FamilyEntry
 
 ETA = 1.0  # of DDIM
+CRITIC_STATE = {"ddim": "x_t", "flow": "x0"}  # by diffusion: as published; most states of a flow trajectory decode to noise
 FLOW_DYNAMICS, NOISE_LEVEL = "flow-sde", 0.7  # Flow-GRPO's
 
 
@@ -25,9 +26,11 @@ def local_entry(preset: Preset) -> FamilyEntry | None:
 
 
 def fit(preset: Preset, entry: FamilyEntry) -> Preset:
-    """The preset with the family's own noise where it gives none. Raises RequestError for a setting of another kind of family."""
-    rollout = preset.rollout
+    """The preset with the family's own noise and critic's state where it gives none. Raises RequestError for a setting of another kind of family."""
     check_model(preset.model, entry)
+    if preset.has_critic and preset.algorithm.critic_state is None:
+        preset = replace(preset, algorithm=replace(preset.algorithm, critic_state=CRITIC_STATE[entry.diffusion]))
+    rollout = preset.rollout
     if entry.diffusion == "ddim":
         wrong = {
             "dynamics": rollout.dynamics not in (None, "ddim"),
@@ -35,6 +38,8 @@ def fit(preset: Preset, entry: FamilyEntry) -> Preset:
             "window": rollout.window is not None,
         }
         _refuse(wrong, f"for flow-matching models; {entry.title} is sampled with DDIM, whose noise is rollout.eta.")
+        if preset.update.kl_kind == "flow-grpo":
+            raise RequestError(f"update.kl_kind flow-grpo is for flow-matching models; with {entry.title}: --set update.kl_kind=gaussian")
         return replace(preset, rollout=replace(rollout, eta=ETA if rollout.eta is None else rollout.eta))
     wrong = {"eta": rollout.eta is not None, "dynamics": rollout.dynamics == "ddim"}
     _refuse(wrong, f"for DDIM; {entry.title} is a flow-matching model, whose noise is rollout.noise_level.")

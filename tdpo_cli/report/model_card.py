@@ -19,12 +19,16 @@ PROMPTS_SHOWN, PROMPT_LENGTH = 4, 120
 BEGIN, END = "<!-- tdpo cross-eval: begin -->", "<!-- tdpo cross-eval: end -->"
 
 
-def model_card(preset: Preset, rows: Sequence[Mapping[str, Any]], prompts: Sequence[str]) -> str:
-    """Markdown with the hub's front matter. `rows`: the run's metrics up to this checkpoint's epoch, which is the last of them."""
+def model_card(preset: Preset, rows: Sequence[Mapping[str, Any]], prompts: Sequence[str], component: str) -> str:
+    """Markdown with the hub's front matter.
+
+    `rows`: the run's metrics up to this checkpoint's epoch, which is the last of them; `component`: what the pipeline calls its
+    denoising network.
+    """
     last = rows[-1]
     name, finding = preset.algorithm.name.upper(), verdict.read(rows, preset)
     sentence = "" if finding.kind == "too early" else f"Verdict, by the watched learned rewards: {finding.sentence}.\n\n"
-    what = "the LoRA" if preset.model.lora_rank else "the whole UNet"
+    what = "the LoRA" if preset.model.lora_rank else "the whole network"
     return f"""{_front_matter(preset)}
 # {name} on {_short(preset.reward.train)}, epoch {last["epoch"]}
 
@@ -32,7 +36,7 @@ def model_card(preset: Preset, rows: Sequence[Mapping[str, Any]], prompts: Seque
 {last["reward_queries"]:,} reward queries, {last["updates"]:,} optimizer steps. This folder holds {what} after epoch {last["epoch"]} (the first is 0).
 
 ```python
-{_loading(preset, prompts[0])}
+{_loading(preset, prompts[0], component)}
 ```
 
 ## Rewards
@@ -88,7 +92,7 @@ def _front_matter(preset: Preset) -> str:
     return "\n".join(["---", *lines, "tags:", *(f"- {tag}" for tag in dict.fromkeys(tags)), "---", ""])
 
 
-def _loading(preset: Preset, prompt: str) -> str:
+def _loading(preset: Preset, prompt: str, component: str) -> str:
     """Python that makes an image, run inside the checkpoint's folder."""
     model, rollout = preset.model, preset.rollout
     sandbox = model.base == "sandbox"
@@ -99,15 +103,15 @@ def _loading(preset: Preset, prompt: str) -> str:
     extra = ["from tdpo_cli.sandbox import ZOO"] if sandbox else []
     if model.lora_rank:
         lines = [
-            "from diffusers import StableDiffusionPipeline", *extra, "",
-            f"pipe = StableDiffusionPipeline.from_pretrained({base})",
+            "from diffusers import DiffusionPipeline", *extra, "",
+            f"pipe = DiffusionPipeline.from_pretrained({base})",
             f'pipe.load_lora_weights(".", weight_name="{LORA_FILE}")  # this folder, or its id on the hub',
         ]  # fmt: skip
     else:
         lines = [
-            "from diffusers import StableDiffusionPipeline, UNet2DConditionModel", *extra, "",
-            'unet = UNet2DConditionModel.from_pretrained(".", subfolder="unet")  # this folder, or its id on the hub',
-            f"pipe = StableDiffusionPipeline.from_pretrained({base}, unet=unet)",
+            "from diffusers import AutoModel, DiffusionPipeline", *extra, "",
+            f'network = AutoModel.from_pretrained(".", subfolder="{component}")  # this folder, or its id on the hub',
+            f"pipe = DiffusionPipeline.from_pretrained({base}, {component}=network)",
         ]  # fmt: skip
     return "\n".join([*lines, f"image = pipe({arguments}).images[0]"])
 
@@ -130,7 +134,7 @@ def _settings(preset: Preset, prompts: Sequence[str]) -> list[tuple[str, str]]:
     rows = [
         ("algorithm", f"{algorithm.name} ({algorithm.facts.paper}){resets}"),
         ("prompts", f"{len(prompts)} of `{_short(rollout.prompts)}`, as {some}"),
-        ("trained weights", f"LoRA of rank {preset.model.lora_rank} on the UNet's attention" if preset.model.lora_rank else "the whole UNet"),
+        ("trained weights", f"LoRA of rank {preset.model.lora_rank}" if preset.model.lora_rank else "the whole network"),
         *([("started from", f"`{_short(preset.model.start_from)}`, which epoch 0 is")] if preset.model.start_from else []),
         ("samples per epoch", str(rollout.samples_per_epoch)),
         ("samples per optimizer step", str(update.batch_size)),

@@ -26,7 +26,7 @@ from tdpo_cli.types import Credit, ShufflePlan, Trajectory
 def run_epoch(job: Job, epoch: int, console: Console) -> dict[str, Any]:
     """One epoch in the paper's order. -> its row of metrics.jsonl"""
     preset, world, seconds = job.preset, job.world, {}
-    actor = Actor(job.policy, job.critic, job.encoder, job.randomness, preset, job.plan, job.backbones)
+    actor = Actor(job.policy, job.critic, job.encoder, job.randomness, preset, job.plan, job.backbones, job.view)
     start = time.perf_counter()
     if preset.rollout.window is not None:
         set_schedule(job.policy, preset, job.randomness, epoch)
@@ -105,7 +105,8 @@ class _Watch(Observer):
 
 def _fault(step: Step, prompts: Sequence[str]) -> str:
     """What was not finite in an optimizer step, and for which prompts."""
-    batch, parts = step.batch, [("policy loss", step.policy.losses, step.batch.sample_index[step.batch.own])]
+    batch, own = step.batch, step.batch.sample_index[step.batch.own]
+    parts = [("policy loss", step.policy.losses, own), ("KL term of the loss", step.policy.kl, own)]
     if step.critic is not None:
         parts.append(("critic loss", step.critic.losses, batch.sample_index))
     for name, losses, samples in parts:

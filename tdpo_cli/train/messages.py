@@ -21,7 +21,7 @@ def header(job: Job, out: Path, first_epoch: int) -> Sequence[tuple[str, str]]:
     """What will happen, before it does."""
     preset, world = job.preset, job.world
     trained = sum(p.numel() for p in job.policy.trainable.values())
-    how = f"LoRA rank {preset.model.lora_rank}" if preset.model.lora_rank else "whole UNet"
+    how = f"LoRA rank {preset.model.lora_rank}" if preset.model.lora_rank else "whole network"
     epochs = f"{preset.run.epochs}" if first_epoch == 0 else f"{preset.run.epochs}, continuing at epoch {first_epoch}"
     reset = f"{preset.algorithm.reset_target} neurons every {preset.algorithm.reset_every} epochs"
     rows = [
@@ -37,6 +37,9 @@ def header(job: Job, out: Path, first_epoch: int) -> Sequence[tuple[str, str]]:
     ]
     if preset.algorithm.facts.resets:
         rows.insert(5, ("resets", reset))
+    if preset.has_critic:
+        views = {"decode": "by the VAE", "tiny": f"by {preset.model.tiny_vae}", "rgb": "by a linear map to colours"}
+        rows.insert(5, ("critic", f"sees {preset.algorithm.critic_state}, decoded {views[preset.algorithm.critic_view]}"))
     return rows
 
 
@@ -61,6 +64,19 @@ def epoch_line(row: dict[str, Any], first: dict[str, Any], preset: Preset) -> st
     if row["skipped_steps"]:
         parts.append(f"skipped {row['skipped_steps']} of {preset.updates_per_epoch} steps")
     return "  ".join([*parts, f"{row['seconds/total']:.1f} s"])
+
+
+def drift_line(rows: Sequence[dict[str, Any]], preset: Preset) -> str | None:
+    """A warning after the run's first epoch whose ratios were not 1 before the first optimizer step; None after all others."""
+    limit = max(preset.update.clip_range / 10, 2e-5)
+    *before, now = (row.get("ratio_drift") or 0.0 for row in rows)
+    if now <= limit or any(drift > limit for drift in before):
+        return None
+    return (
+        f"epoch {rows[-1]['epoch']}: before the first optimizer step the ratio of new and old probability should be 1, and its logarithm is up to "
+        f"{significant(now, 2)} (ratio_drift; at most {significant(limit, 2)} is rounding). Usual causes: update.guidance is false while the rollout is "
+        "guided; the network computes in half precision (model.dtype) and in batches of another size; run.compile; dropout in the network."
+    )
 
 
 def verdict_line(rows: Sequence[dict[str, Any]], preset: Preset) -> str | None:

@@ -40,7 +40,9 @@ def row(job: Job, result: EpochResult) -> dict[str, Any]:
         "epoch": result.epoch,
         "reward_queries": (result.epoch + 1) * len(samples),
         **_rewards(job, result),
-        **summarise(result.steps, job.world),
+        **summarise(result.steps, job.world, job.preset.update.kl_coef > 0),
+        **per_step(result.steps, job.preset.stochastic_steps, job.world),
+        "ema": None if job.optimizers.average is None else job.optimizers.average.distance(),
         "critic_explained_variance": _explained_variance(samples.values, result.credit),
         "updates": job.updates,
         **{name: result.neurons.get(name) for name in ("dormant_fraction", "dormant_overlap", "dormant_fraction_extra", "reset")},
@@ -74,7 +76,7 @@ def _explained_variance(values: Tensor | None, credit: Credit) -> float | None:
     return (1 - residual / returns.var(correction=0).clamp(min=1e-12)).item()
 
 
-def summarise(steps: Sequence[Step], world: World) -> dict[str, float | int | None]:
+def summarise(steps: Sequence[Step], world: World, with_kl: bool = False) -> dict[str, float | int | None]:
     """Means over an epoch's optimizer steps, over all processes; `ratio_drift` is of its first one."""
     good = [step for step in steps if not step.outcome.skipped]
     if not good:
@@ -85,8 +87,9 @@ def summarise(steps: Sequence[Step], world: World) -> dict[str, float | int | No
         torch.cat([step.policy.losses for step in good]).sum(),
         torch.cat([step.policy.clipped for step in good]).double().sum(),
         approx_kl(pairs) * len(pairs),
+        torch.cat([step.policy.kl for step in good]).double().sum(),
     ])  # fmt: skip
-    count, loss, clipped, kl = world.sum(policy_sums).tolist()
+    count, loss, clipped, kl, reference_kl = world.sum(policy_sums).tolist()
     first = steps[0].policy.log_ratios
     drift = world.max(first.abs().max() if len(first) else torch.zeros((), device=pairs.device))
     criticised = [step.critic for step in good if step.critic is not None]
@@ -94,6 +97,7 @@ def summarise(steps: Sequence[Step], world: World) -> dict[str, float | int | No
     norm = lambda norms: torch.stack(norms).mean().item() if norms else None
     return {
         "policy_loss": loss / count,
+        "kl_loss": reference_kl / count if with_kl else None,  # before its coefficient
         "critic_loss": mean("losses"),
         "approx_kl": kl / count,
         "policy_clip_fraction": clipped / count,
@@ -103,6 +107,23 @@ def summarise(steps: Sequence[Step], world: World) -> dict[str, float | int | No
         "ratio_drift": drift.item(),
         "skipped_steps": sum(step.outcome.skipped for step in steps),
         "overflowed_steps": sum(step.outcome.overflowed for step in steps),
+    }
+
+
+def per_step(steps: Sequence[Step], columns: int, world: World) -> dict[str, list[float | None]]:
+    """Ratios and clipping of each trained denoising step on its own, noisiest first; null for one that no pair was of."""
+    good = [step for step in steps if not step.outcome.skipped]
+    column = torch.cat([step.batch.step_index[step.batch.own] for step in good])
+    ratios, clipped = (torch.cat([getattr(step.policy, name) for step in good]).double() for name in ("ratios", "clipped"))
+    # around 1, which the ratios are near to: their squares would lose the digits that count
+    values = torch.stack([torch.ones_like(ratios), ratios - 1, (ratios - 1) ** 2, clipped])
+    sums = torch.zeros(len(values), columns, dtype=torch.float64, device=values.device).index_add_(1, column.to(values.device), values)
+    rows = world.sum(sums).T.tolist()
+    known = lambda of: [of(*row) if row[0] else None for row in rows]
+    return {
+        "steps/ratio_mean": known(lambda count, off, square, clip: 1 + off / count),
+        "steps/ratio_std": known(lambda count, off, square, clip: max(square / count - (off / count) ** 2, 0.0) ** 0.5),
+        "steps/clip_fraction": known(lambda count, off, square, clip: clip / count),
     }
 
 

@@ -39,15 +39,19 @@ class Actor:
 
     def __init__(
         self, policy: Policy, critic: Critic | None, encoder: ImageEncoder | None, randomness: Randomness,
-        preset: Preset, plan: Plan, backbones: Backbones | None = None,
+        preset: Preset, plan: Plan, backbones: Backbones | None = None, view: Callable[[Tensor], Tensor] | None = None,
     ):  # fmt: skip
         self.policy, self.critic, self.encoder, self.randomness = policy, critic, encoder, randomness
         self.preset, self.plan = preset, plan
-        self.backbones = backbones or Backbones()
+        self.backbones, self.view = backbones or Backbones(), view or policy.decode
 
     def draw(self, epoch: int, choices: Sequence[str]) -> Draw:
-        """Draw a prompt of `choices` for every sample of the epoch, and encode each distinct one once."""
-        prompts = self.randomness.prompts(epoch, range(self.preset.rollout.samples_per_epoch), choices)
+        """Draw a prompt of `choices` for every sample of the epoch, or one for each group; encode each distinct one once."""
+        count, group = self.preset.rollout.samples_per_epoch, self.preset.group_size
+        if group is None:
+            prompts = self.randomness.prompts(epoch, range(count), choices)
+        else:
+            prompts = self.randomness.groups(epoch, count // group, group, choices)
         key = {prompt: self.policy.normal_form(prompt) for prompt in set(prompts)}
         with torch.inference_mode():
             texts, rows = encode(self.policy, prompts)
@@ -65,7 +69,7 @@ class Actor:
             if self.policy.device.type == "cuda" and self.plan.offload:
                 torch.cuda.current_stream(self.policy.device).synchronize()  # copies to main memory are under way until now
             images = self._decoded(film.final)
-        look = self._look(film.latents) if self.critic is not None and self.encoder is not None else Look()
+        look = self._look(film) if self._looks else Look()
         return Trajectory(
             epoch=draw.epoch,
             prompts=tuple(draw.prompts[i] for i in sample_ids),
@@ -82,6 +86,10 @@ class Actor:
             images=images.clone(),
         )
 
+    @property
+    def _looks(self) -> bool:
+        return self.critic is not None and self.encoder is not None
+
     def _film(self, count: int) -> Film:
         """Room for what is kept of `count` samples. Made outside inference mode, so ordinary tensors; filled in place, once."""
         policy, steps = self.policy, trained_steps(self.policy)
@@ -96,7 +104,8 @@ class Actor:
             latents=latents,
             final=latents[:, -1] if ends else room((count, *shape), policy.device, offload),
             log_probs=scores(),
-            ref_log_probs=scores() if self.preset.needs_reference else None,
+            ref_log_probs=scores() if self.preset.scores_reference else None,
+            x0=room((count, len(steps), *shape), policy.device, offload) if self._looks and self.preset.algorithm.critic_state == "x0" else None,
         )
 
     def _denoise(self, film: Film, batch: slice, draw: Draw, ids: Sequence[int], rows: Tensor, on_step: Callable[[int], None]) -> None:
@@ -121,13 +130,17 @@ class Actor:
         parts = (self.policy.decode(part) for part in final.split(self.plan.decode_chunk))
         return torch.cat([part.cpu() if self.plan.offload else part for part in parts])
 
-    def _look(self, latents: Tensor) -> Look:
-        """What the critic sees of the state before every step, and its values. After the denoising loop and in chunks: sampling needs neither."""
-        samples, columns = latents.shape[0], latents.shape[1] - 1
-        pairs = torch.arange(samples * columns, device=latents.device)  # rows of a chunk are gathered, never a second copy of all
+    def _look(self, film: Film) -> Look:
+        """What the critic sees of every trained step, and its values. After the denoising loop and in chunks: sampling needs neither."""
+        seen, samples, columns = film.latents if film.x0 is None else film.x0, len(film.latents), len(film.steps)
+        pairs = torch.arange(samples * columns, device=seen.device)  # rows of a chunk are gathered, never a second copy of all
         with torch.inference_mode(), self.backbones.awake(self.encoder):
-            parts = (latents[part // columns, part % columns] for part in pairs.split(self.plan.decode_chunk))
-            embeds = torch.cat([self.encoder(self.policy.decode(send(part, self.policy.device))) for part in parts])
+            parts = (seen[part // columns, part % columns] for part in pairs.split(self.plan.decode_chunk))
+            embeds = torch.cat([self.encoder(self.view(send(part, self.policy.device))) for part in parts])
+            if film.x0 is not None:
+                # a clean image does not show how far the denoising is
+                progress = torch.tensor(film.steps, device=embeds.device) / len(self.policy.timesteps)
+                embeds = torch.cat([embeds, progress.repeat(samples).unsqueeze(1)], dim=1)
             values = self.critic(embeds)
         return Look(embeds.clone().unflatten(0, (samples, columns)), values.clone().unflatten(0, (samples, columns)))
 
@@ -146,17 +159,20 @@ class Film:
     final: Tensor  # [B,C,h,w]; the last entry of `latents` where the last step is kept
     log_probs: Tensor  # [B,S]
     ref_log_probs: Tensor | None  # [B,S]
+    x0: Tensor | None = None  # [B,S,C,h,w], the clean image predicted from the state before each step; kept only where the critic sees it
 
     def keep(self, batch: slice, column: int, x_t: Tensor, transition: Transition, x_next: Tensor) -> None:
         if column == 0:
             self.latents[batch, 0].copy_(x_t, non_blocking=True)
         self.latents[batch, column + 1].copy_(x_next, non_blocking=True)
         self.log_probs[batch, column] = transition.log_prob(x_next)
+        if self.x0 is not None:
+            self.x0[batch, column].copy_(transition.x0, non_blocking=True)
 
 
 @dataclass(frozen=True)
 class Look:
-    """The critic's view of the states before each step."""
+    """The critic's view of each trained step."""
 
-    embeds: Tensor | None = None  # [B,S,E]
+    embeds: Tensor | None = None  # as `Trajectory.image_embeds`
     values: Tensor | None = None  # [B,S]

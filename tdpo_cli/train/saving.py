@@ -39,10 +39,11 @@ def save(job: Job, folder: RunDir, epoch: int, row: dict[str, Any], last: bool) 
 
 
 def _write_checkpoint(job: Job, path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    job.policy.save(path)
+    with job.optimizers.averaged():
+        job.policy.save(path)
     if job.critic is not None:
         save_file({name: tensor.cpu().contiguous() for name, tensor in job.critic.state_dict().items()}, path / "critic.safetensors")
-    (path / "README.md").write_text(model_card(job.preset, rows, job.prompts), encoding="utf-8")
+    (path / "README.md").write_text(model_card(job.preset, rows, job.prompts, job.policy.family.component), encoding="utf-8")
 
 
 def preview(job: Job, folder: RunDir, title: str, file: str) -> None:
@@ -53,7 +54,8 @@ def preview(job: Job, folder: RunDir, title: str, file: str) -> None:
     shown, how, plan = [job.prompts[i % len(job.prompts)] for i in range(count)], job.preset.shown, job.plan
     policy, noise = job.policy.scheduled(how.steps, how.noise), Randomness(job.preset.run.seed, "preview")
     batches = generate(policy, shown, range(count), noise, how.guidance_scale, plan.sample_batch, decode_chunk=plan.decode_chunk)
-    images = [grid.to_pil(image) for batch in batches for image in batch]
+    with job.optimizers.averaged():
+        images = [grid.to_pil(image) for batch in batches for image in batch]
     folder.save_image(file, grid.draw(images, shown, columns=min(count, 4), title=title))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +22,8 @@ from tdpo_cli.randomness import Randomness
 from tdpo_cli.rewards import Reward, scoring
 from tdpo_cli.rewards.backbones import Backbones, ImageEncoder
 from tdpo_cli.rewards.critic_encoder import critic_encoder
+from tdpo_cli.train import views
+from tdpo_cli.train.average import Average
 
 
 @dataclass
@@ -28,6 +31,11 @@ class Optimizers:
     policy: torch.optim.Optimizer
     critic: torch.optim.Optimizer | None
     scaler: torch.amp.GradScaler  # does nothing unless the policy computes in fp16
+    average: Average | None = None  # of the policy's weights, where update.ema_decay is above 0
+
+    def averaged(self) -> contextlib.AbstractContextManager:
+        """Inside, the policy computes with what a checkpoint holds: the average where there is one."""
+        return contextlib.nullcontext() if self.average is None else self.average.in_place()
 
 
 @dataclass
@@ -46,6 +54,7 @@ class Job:
     prompts: list[str]
     plan: memory.Plan
     backbones: Backbones = field(default_factory=Backbones)
+    view: views.View | None = None  # without a critic
     updates: int = 0  # optimizer steps that were not skipped
     bad_steps: int = 0  # that were skipped
 
@@ -57,8 +66,10 @@ class Job:
             "critic": self.critic.state_dict() if self.critic else None,
             "critic_optimizer": self.optimizers.critic.state_dict() if self.critic else None,
             "algorithm": self.algorithm.state_dict(),
+            **({"average": self.optimizers.average.state_dict()} if self.optimizers.average else {}),
             "updates": self.updates,
             "bad_steps": self.bad_steps,
+            "view": self.view.state_dict() if self.view else {},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -69,6 +80,10 @@ class Job:
         if self.critic:
             self.critic.load_state_dict(state["critic"])
             self.optimizers.critic.load_state_dict(state["critic_optimizer"])
+        if state.get("view"):  # what was fitted on the untrained policy; on another machine the last bits would be others
+            self.view.load_state_dict(state["view"])
+        if self.optimizers.average:
+            self.optimizers.average.load_state_dict(state["average"])
         self.algorithm.load_state_dict(state["algorithm"])
         self.updates, self.bad_steps = state["updates"], state["bad_steps"]
 
@@ -84,22 +99,39 @@ def build(preset: Preset, world: World, plan: memory.Plan) -> Job:
     )  # fmt: skip
     preset = set_schedule(policy, settings.fit(preset, settings.entry_of(preset)), randomness)
     policy.cut_up(plan.checkpointing, preset.run.compile)
+    if preset.group_size is not None:
+        prompt_list = distinct_prompts(policy, prompt_list, preset)
     backbones = Backbones(world.device)
     if plan.park:
         backbones.park()  # each network is on the device only while it is used
     checkpoints = scoring.checkpoints(preset.reward.zoo, preset.reward.checkpoints)
     rewards = scoring.load_rewards(preset.rewards, backbones, checkpoints)
-    encoder = critic = None
+    encoder = critic = view = None
     if preset.has_critic:
+        view = views.make(policy, preset, prompt_list, plan)
         encoder = critic_encoder(preset.reward.train, backbones, checkpoints)
-        critic = Critic(encoder.embed_dim, preset.algorithm.critic_init_std, preset.algorithm.critic_activation)
+        critic = Critic(encoder.embed_dim, preset.algorithm.critic_init_std, preset.algorithm.critic_activation, preset.critic_beside)
         critic.initialise(randomness.initial_weights("critic"))
         critic.to(world.device)
     optimizers = make_optimizers(policy, critic, preset)
     return Job(
         preset, world, policy, rewards, encoder, critic, optimizers, algorithms.make(preset), randomness, prompt_list,
-        plan, backbones,
+        plan, backbones, view=view,
     )  # fmt: skip
+
+
+def distinct_prompts(policy: Policy, prompt_list: list[str], preset: Preset) -> list[str]:
+    """The first of the prompts that the text encoder reads alike. Raises RequestError unless every group of an epoch can have its own."""
+    forms: dict[str, str] = {}
+    for prompt in prompt_list:
+        forms.setdefault(policy.normal_form(prompt), prompt)
+    samples, size = preset.rollout.samples_per_epoch, preset.group_size
+    if samples // size > len(forms):
+        raise RequestError(
+            f"rollout.samples_per_epoch {samples} in groups of {size} (rollout.images_per_prompt) needs {samples // size} distinct prompts an "
+            f"epoch; {preset.rollout.prompts} has {len(forms)}. Use larger groups, fewer samples or more prompts."
+        )
+    return list(forms.values())
 
 
 def set_schedule(policy: Policy, preset: Preset, randomness: Randomness, epoch: int = 0) -> Preset:
@@ -136,6 +168,7 @@ def make_optimizers(policy: Policy, critic: Critic | None, preset: Preset) -> Op
             critic.parameters(), lr=settings.critic_learning_rate, **{k: v for k, v in options.items() if k != "fused"}
         ),
         scaler=torch.amp.GradScaler(device.type, enabled=half),
+        average=Average(list(policy.trainable.values()), settings.ema_decay, settings.ema_every) if settings.ema_decay > 0 else None,
     )  # fmt: skip
 
 

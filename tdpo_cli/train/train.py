@@ -114,6 +114,8 @@ def _run(
                 saving.save(job, folder, epoch, row, last=stop or epoch + 1 == preset.run.epochs)
             track()
             console.say(messages.epoch_line(row, rows[0], preset))
+            if drifted := messages.drift_line(rows, preset):
+                console.warn(drifted)
             if changed := messages.verdict_line(rows, preset):
                 console.say(changed, style="bold")
         world.barrier()

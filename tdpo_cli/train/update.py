@@ -16,9 +16,9 @@ from tdpo_cli.machine.world import World
 from tdpo_cli.models.policy import Policy
 from tdpo_cli.randomness import Randomness
 from tdpo_cli.train import sharing
-from tdpo_cli.train.losses import critic_loss, policy_loss
+from tdpo_cli.train.losses import critic_loss, guarded_log_ratio, policy_loss, reference_kl
 from tdpo_cli.train.state import Optimizers
-from tdpo_cli.types import Conditioning, Credit, ShufflePlan, Trajectory
+from tdpo_cli.types import Conditioning, Credit, ShufflePlan, Trajectory, Transition
 
 WHERE_THEY_ARE = ("latents", "images", "sample_ids", "home")  # columns that the update does not move to the device
 
@@ -44,8 +44,9 @@ class PolicyPart:
     log_probs: Tensor  # [m] float32
     log_ratios: Tensor  # [m] float32, log p - log p_old
     ratios: Tensor  # [m] float32
-    losses: Tensor  # [m] float64
+    losses: Tensor  # [m] float64, without the KL term
     clipped: Tensor  # [m] bool
+    kl: Tensor  # [m] float32, distance from the reference before its coefficient; 0 where update.kl_coef is 0
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Learner:
         settings, device, steps = self.preset.update, self.policy.device, []
         latents = sharing.latents_of(samples, order, settings.batch_size, self.world)
         material = _Material(_on_device(samples, device), latents, _on_device(credit, device), inner)
-        pairs = order.optimizer_steps(settings.batch_size, self.preset.algorithm.update_mode == "all-timesteps")
+        pairs = order.optimizer_steps(settings.batch_size, self.preset.all_timesteps)
         for index, (sample_index, step_index) in enumerate(pairs):
             own = own_pairs(len(sample_index), settings.batch_size, self.world.share(settings.batch_size))
             batch = Batch(index, sample_index, step_index, own)
@@ -133,7 +134,7 @@ class Learner:
             critic_part = self._critic_backward(material, batch)
         self.optimizers.scaler.unscale_(self.optimizers.policy)
         observer.gradients(batch.index)
-        outcome = self._apply(policy_part.losses)
+        outcome = self._apply(policy_part.losses + policy_part.kl)
         if self.critic is not None and not outcome.skipped:
             self._more_critic_steps(material, batch)
         return Step(batch, policy_part, critic_part, outcome)
@@ -143,11 +144,12 @@ class Learner:
         samples, columns = batch.sample_index[batch.own], batch.step_index[batch.own]
         if not len(samples):  # more processes than rows
             empty = torch.zeros(0, device=self.policy.device)
-            return PolicyPart(empty, empty, empty, empty.double(), empty.bool())
-        parts, size = [], self.plan.micro_batch
+            return PolicyPart(empty, empty, empty, empty.double(), empty.bool(), empty)
+        parts, size, kl_coef = [], self.plan.micro_batch, self.preset.update.kl_coef
         for sample, column in zip(samples.split(size), columns.split(size), strict=True):
             part = self._policy_pairs(material, sample, column)
-            self.optimizers.scaler.scale(part.losses.sum() / len(batch)).backward()
+            losses = part.losses + kl_coef * part.kl if kl_coef > 0 else part.losses
+            self.optimizers.scaler.scale(losses.sum() / len(batch)).backward()
             parts.append(PolicyPart(**{name: value.detach() for name, value in vars(part).items()}))
         return PolicyPart(*(torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])))
 
@@ -156,13 +158,30 @@ class Learner:
         recorded, device = material.samples, self.policy.device
         guidance = self.preset.rollout.guidance_scale if self.preset.update.guidance else 1.0
         x_t, x_next = (material.latents.states(sample, column + next_, device) for next_ in (0, 1))
+        noise = self._noise(recorded, sample, column, x_t.shape[1:]) if self.preset.guard else None
         sample, column = send(sample, device), send(column, device)
-        transition = self.policy.transition(x_t, recorded.steps[column], recorded.texts, recorded.text_rows[sample], guidance)
+        inputs = x_t, recorded.steps[column], recorded.texts, recorded.text_rows[sample], guidance
+        transition = self.policy.transition(*inputs)
         log_probs = transition.log_prob(x_next)
         log_ratios = log_probs - recorded.log_probs[sample, column]
-        ratios = log_ratios.exp()
+        ratios = (log_ratios if noise is None else guarded_log_ratio(transition, x_next, noise)).exp()
         losses, clipped = policy_loss(ratios, material.credit.advantages[sample, column], self.preset.update.clip_range)
-        return PolicyPart(log_probs, log_ratios, ratios, losses, clipped)
+        kl = self._reference_kl(transition, inputs) if self.preset.update.kl_coef > 0 else torch.zeros_like(log_probs)
+        return PolicyPart(log_probs, log_ratios, ratios, losses, clipped, kl)
+
+    def _reference_kl(self, transition: Transition, inputs: tuple) -> Tensor:
+        """Distance of the steps from those of the weights before training. -> [b]"""
+        kind = self.preset.update.kl_kind
+        with torch.no_grad():
+            reference = self.policy.transition(*inputs, reference=True)
+        return reference_kl(kind, transition, reference, self.policy.sampler.diffusion[inputs[1]] if kind == "flow-grpo" else None)
+
+    def _noise(self, recorded: Trajectory, sample: Tensor, column: Tensor, shape: Sequence[int]) -> Tensor:
+        """The z of each pair, drawn once more as in the rollout. -> [b,*shape]"""
+        steps, ids = recorded.steps.tolist(), recorded.sample_ids.tolist()
+        pairs = zip(sample.tolist(), column.tolist(), strict=True)
+        drawn = [self.randomness.step_noise(recorded.epoch, steps[j], [ids[i]], shape) for i, j in pairs]
+        return send(torch.cat(drawn), self.policy.device)
 
     def _critic_backward(self, material: _Material, batch: Batch, repeat: int = 0) -> CriticPart:
         """The critic is tiny: every process computes the whole batch on an identical replica."""
@@ -199,6 +218,8 @@ class Learner:
             scaler.step(self.optimizers.policy)  # leaves the step out if the scaled gradients overflowed
             if self.optimizers.critic is not None:
                 self.optimizers.critic.step()
+            if self.optimizers.average is not None and not overflowed:
+                self.optimizers.average.update()
         if scaler.is_enabled():
             scaler.update()
         return Outcome(policy_norm, critic_norm, skipped, overflowed)

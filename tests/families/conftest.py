@@ -1,6 +1,7 @@
 """Which pipelines the contract runs on, and what its tests share of each.
 
 --pipelines DIR (may be repeated): a diffusers folder, or a folder that holds some. Without it, tiny ones of all supported families.
+`make test` takes two of these, `make test-all` all: pytest -m 'not gpu' tests/families.
 """
 
 import json
@@ -11,10 +12,17 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+# what `make test` runs, whole training runs and the rest; `make test-all` and --pipelines run everything
+QUICK, QUICK_CONTRACT = ("sd1-2",), ("sd1-2", "sd3-2")
+
 
 def pytest_generate_tests(metafunc):
     if "source" in metafunc.fixturenames:
-        metafunc.parametrize("source", _sources(metafunc.config), ids=lambda source: Path(source).name, scope="session")
+        sources = _sources(metafunc.config)
+        if not metafunc.config.getoption("--pipelines"):
+            quick = QUICK if "train" in metafunc.fixturenames else QUICK_CONTRACT
+            sources = [source if source in quick else pytest.param(source, marks=pytest.mark.slow) for source in sources]
+        metafunc.parametrize("source", sources, ids=lambda source: Path(source).name, scope="session")
 
 
 def _sources(config):

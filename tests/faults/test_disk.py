@@ -13,7 +13,7 @@ from helpers import tdpo
 from PIL import Image
 
 from tdpo_cli.errors import RequestError, WorkError
-from tdpo_cli.models.families.sd import StableDiffusion
+from tdpo_cli.models.policy import Policy
 from tdpo_cli.score.score_file import ScoreFile
 from tdpo_cli.storage import disk, run_dir
 from tdpo_cli.storage.run_dir import RunDir, damage
@@ -158,7 +158,7 @@ def test_a_full_disk_stops_the_run_and_spares_what_was_saved(run, straight, what
         if what == "state":
             patch.setattr(torch, "save", full)
         elif what == "LoRA":
-            patch.setattr(StableDiffusion, "save", full)
+            patch.setattr(Policy, "save", full)
         elif what == "critic":
             patch.setattr(saving, "save_file", full)
         elif what == "model card":

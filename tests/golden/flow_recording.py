@@ -84,7 +84,7 @@ class FlowTrace:
         loaded.family.t5_length = self.config["max_sequence_length"]
         part = adapter.attach(loaded.family.network, lora["r"], lora["target_modules"], torch.Generator())
         # a new adapter has alpha = rank
-        adapter.set_scale(loaded.family.network, lora["alpha"] / lora["r"])
+        adapter.set_scale(loaded.family, lora["alpha"] / lora["r"])
         policy = Policy(loaded.family, part)
         self.load_lora(policy, self["init/lora"])
         return policy

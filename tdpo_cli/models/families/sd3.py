@@ -33,7 +33,7 @@ class StableDiffusion3(FlowFamily):
             pipeline = read_pipeline(source, model, dtype, "transformer", absent=T5 if model.drop_t5 else (), text_encoder_3=t5_dtype)
         except RequestError as error:
             if any(part in str(error) for part in T5):
-                raise RequestError(f"{error}\nOr train without T5: --set model.drop_t5=true") from None
+                raise RequestError(f"{error} Or train without T5: --set model.drop_t5=true") from None
             raise
         return cls(pipeline, read_scheduler_config(source, model.revision), device, model.resolution)
 

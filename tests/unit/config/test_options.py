@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from flow_models import SD3
+from helpers import tiny_vae
 from safetensors.torch import load_file, save_file
 from tolerances import assert_same_run, bound, log_prob_error
 
@@ -347,7 +348,8 @@ def eval_prompts():
     """rollout.eval_prompts is for cross-eval; the dry run names it."""
     from helpers import tdpo
 
-    assert "held out: my.txt" in tdpo("train", "--dry-run", "--set", "rollout.eval_prompts=my.txt").err
+    file = two_prompts()
+    assert f"held out: {file}" in tdpo("train", "--dry-run", "--set", f"rollout.eval_prompts={file}").err.replace("\n", "")
 
 
 def watch():
@@ -488,6 +490,32 @@ def dynamics():
     assert not same(runs["flow-sde"], runs["dance-sde"]) and not same(runs["cps"], runs["dance-sde"])
 
 
+def critic_state():
+    """algorithm.critic_state: the family's own when it is written out, another run otherwise; test_critic_view says what the critic sees."""
+    runs = {name: numbers(run_with({"algorithm.critic_state": name})) for name in (None, "x_t", "x0")}
+    assert same(runs["x_t"], runs[None]) and not same(runs["x0"], runs[None])
+    # flow matching has the other one
+    assert run_with(FLOW | {"algorithm.name": "tdpo"})["job"].preset.algorithm.critic_state == "x0"
+    # without a critic, it is as meaningless as the critic's other settings
+    plain, given = (run_with({"algorithm.name": "ddpo"} | more) for more in ({}, {"algorithm.critic_state": "x0"}))
+    assert same(numbers(plain), numbers(given)) and plain["job"].preset.algorithm.critic_state is None
+
+
+def critic_view(tmp_path):
+    """algorithm.critic_view and model.tiny_vae: each view gives another run, as does another decoder; test_critic_view says what each is."""
+    chosen = {}
+    for seed in (0, 1):
+        chosen[f"tiny {seed}"] = {"algorithm.critic_view": "tiny", "model.tiny_vae": tiny_vae(tmp_path / str(seed), seed)}
+    chosen |= {name: {"algorithm.critic_view": name} for name in ("decode", "rgb")}
+    runs = {name: numbers(run_with(changes)) for name, changes in chosen.items()}
+    assert same(runs["decode"], numbers(run_with({})))
+    assert not any(same(runs[one], runs[other]) for one in runs for other in runs if one < other)
+    # neither is read where another setting leaves it without a meaning
+    for changes in ({"algorithm.name": "ddpo"}, {"model.tiny_vae": str(tmp_path / "nowhere")}):
+        unread = {"algorithm.critic_view": "tiny"} if "algorithm.name" in changes else {}
+        assert same(numbers(run_with(changes | unread)), numbers(run_with({} if "model.tiny_vae" in changes else changes)))
+
+
 def resolution():
     """Pixels: one number or two; latents follow, and what does not divide is refused."""
     shapes = {value: start({"model.resolution": value}).policy.latent_shape for value in (32, (16, 48))}
@@ -510,6 +538,9 @@ ELSEWHERE = {
     "model.dtype": dtype,
     "model.tf32": tf32,
     "rollout.dynamics": dynamics,
+    "algorithm.critic_state": critic_state,
+    "algorithm.critic_view": critic_view,
+    "model.tiny_vae": critic_view,
     "rollout.prompts": rollout_prompts,
     "rollout.eval_prompts": eval_prompts,
     "reward.watch": watch,

@@ -264,7 +264,7 @@ def test_what_is_no_lora_is_refused_with_what_to_do(policy, tmp_path):
     whole.start(make_preset(model__base="sandbox", model__lora_rank=0))
     whole.save_checkpoint(0, lambda path: models.load(make_preset(model__lora_rank=0, model__base="sandbox").model).save(path), "", None)
     message = refused(whole.path, "--format", "kohya", "--out", tmp_path / "out.safetensors")
-    assert "a whole UNet was trained, and kohya's format holds LoRAs" in message and "convert_diffusers_to_original_stable_diffusion.py" in message
+    assert "a whole network was trained, and kohya's format holds LoRAs" in message and "convert_diffusers_to_original_stable_diffusion.py" in message
     assert not (tmp_path / "out.safetensors").exists()
 
 

@@ -33,6 +33,15 @@ def test_what_is_not_set_is_the_familys_own():
     assert noise_of(settings.fit(preset_of(eta=0.5, dynamics="ddim"), DDIM)) == (0.5, "ddim", None, None)
 
 
+def test_the_critic_sees_x_t_on_ddim_and_x0_on_flow_models_unless_told_otherwise():
+    seen = lambda entry, **algorithm: (
+        settings.fit(presets.override(preset_of(), [(f"algorithm.{key}", value) for key, value in algorithm.items()]), entry).algorithm.critic_state
+    )
+    assert (seen(DDIM), seen(FLOW)) == ("x_t", "x0")
+    assert (seen(DDIM, critic_state="x0"), seen(FLOW, critic_state="x_t")) == ("x0", "x_t")
+    assert seen(FLOW, name="ddpo") is None
+
+
 @pytest.mark.parametrize(
     ("entry", "written", "reason"),
     [

@@ -38,7 +38,7 @@ def make_rows(preset, epochs=3, trained=0.5, others=-0.5):
 
 
 def card_of(preset, rows=None, prompts=PROMPTS):
-    return model_card.model_card(preset, rows or make_rows(preset), prompts)
+    return model_card.model_card(preset, rows or make_rows(preset), prompts, "unet")
 
 
 @pytest.fixture(scope="module", params=[2, 0], ids=["LoRA", "whole UNet"])

@@ -288,7 +288,12 @@ def artists(pipelines, folder, kohya_names, text):
     given = {}
     for name, one in parts.items():
         network = getattr(pipeline, name)
-        network.add_adapter(one, adapter_name="artist")
+        try:
+            network.add_adapter(one, adapter_name="artist")
+        except ValueError as error:
+            if "PEFT" in str(error):
+                pytest.skip(f"a LoRA on a text encoder cannot be made here: {error}")
+            raise
         for parameter in (p for key, p in network.named_parameters() if "lora_" in key):
             parameter.data = torch.randn(parameter.shape, generator=draw) * 0.2
         state = get_peft_model_state_dict(network, adapter_name="artist")

@@ -1,0 +1,64 @@
+"""GRPO on denoising steps (Flow-GRPO, Liu et al. 2025, https://arxiv.org/abs/2505.05470): images of one prompt are judged against each other."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tdpo_cli.algorithms import kl
+from tdpo_cli.algorithms.critic import Critic
+from tdpo_cli.config.preset import Preset
+from tdpo_cli.randomness import Randomness
+from tdpo_cli.types import Credit, ShufflePlan, Trajectory
+
+EPS = 1e-4  # added to the standard deviation; Flow-GRPO's
+
+
+class GRPO:
+    """Every step of a sample has the same advantage. Nothing is remembered from epoch to epoch."""
+
+    def __init__(self, preset: Preset):
+        self.settings = preset.algorithm
+
+    def credit(self, everyone: Trajectory, rewards: Tensor) -> Credit:
+        rewards, clip, steps = rewards.cpu().double(), self.settings.advantage_clip, everyone.log_probs.shape[1]
+        advantages = group_advantages(everyone.prompt_keys, rewards, self.settings.advantage_std)
+        clipped = advantages.clamp(-clip, clip) if clip > 0 else advantages
+        wide = lambda values: values.unsqueeze(1).expand(-1, steps).contiguous()
+        mean_kl = None if everyone.ref_log_probs is None else kl.mean_kl(everyone.log_probs.cpu(), everyone.ref_log_probs.cpu())
+        return Credit(advantages=wide(clipped), returns=wide(advantages), normed_rewards=rewards, mean_kl=mean_kl)
+
+    def after_inner_epoch(
+        self, critic: Critic | None, optimizer: torch.optim.Optimizer | None, everyone: Trajectory,
+        plan: ShufflePlan, inner: int, randomness: Randomness,
+    ) -> dict[str, Any]:  # fmt: skip
+        return {}
+
+    def after_epoch(self, credit: Credit) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def group_advantages(prompt_keys: Sequence[str], rewards: Tensor, std: str) -> Tensor:
+    """(r - mean of the prompt) / (S + 1e-4); S is the std of the prompt (`group`), of all (`epoch`), or the quotient is left out (`none`). [N] -> [N]"""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for row, key in enumerate(prompt_keys):
+        groups[key].append(row)
+    rewards = rewards.double()
+    advantages, spread = torch.zeros_like(rewards), rewards.std(correction=0)
+    for rows in groups.values():
+        own = rewards[rows]
+        if own.min() == own.max():  # exactly 0: the mean of equal numbers may be off by rounding
+            continue
+        scale = 1.0 if std == "none" else (own.std(correction=0) if std == "group" else spread) + EPS
+        advantages[rows] = (own - own.mean()) / scale
+    return advantages

@@ -8,11 +8,12 @@ PARITY_VENV ?= .venv-parity
 PARITY_SIZE ?= reduced
 PARITY_PIP ?=  # more options for pip; on Linux without a GPU: --extra-index-url https://download.pytorch.org/whl/cpu
 
-.PHONY: help quickstart test parity sandbox clean
+.PHONY: help quickstart test test-all parity sandbox clean
 
 help:
 	@echo "make quickstart   install into $(VENV) and train the sandbox policy (a few minutes, CPU is enough)"
-	@echo "make test         install into $(VENV) and run the tests"
+	@echo "make test         install into $(VENV) and run the fast tests (a few minutes)"
+	@echo "make test-all     install into $(VENV) and run the slow tests too: all that need neither a GPU nor a network"
 	@echo "make parity       compare the reward scores with the upstream packages' own code (a second environment, Python 3.11)"
 	@echo "make sandbox      train the sandbox's models anew (under an hour on two cores)"
 	@echo "make clean        remove the environments, runs, samples, scores and cross-evals"
@@ -22,6 +23,9 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+test-all: $(VENV)/.installed-test
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not gpu and not network"
 
 parity: $(VENV)/.installed-test $(PARITY_VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/parity/compare.py $(PARITY_VENV)/bin/python $(PARITY_SIZE)

@@ -19,6 +19,8 @@ from tdpo_cli.config import preset as presets
 from tdpo_cli.config.preset import Preset
 from tdpo_cli.types import Conditioning, Trajectory, Transition
 
+thorough = True  # set by tests/conftest.py: whether slow tests run too
+
 
 def make_preset(**settings: Any) -> Preset:
     """The default preset with `section__key=value` on top, checked."""

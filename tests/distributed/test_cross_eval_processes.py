@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import tiny
 from helpers import tdpo
 
@@ -14,6 +15,7 @@ CHANGES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_evaluation_of_one(tmp_path):
     run = tmp_path / "run"
     assert tdpo("train", "--preset", tiny.preset(tmp_path, **CHANGES), "--out", run).status == 0

@@ -233,7 +233,7 @@ except LostPeer as error:
     "second, timeout, message",
     [
         ("time.sleep(60)", "0.05", r"worker 0 of 2: lost another process of the run while exchanging a barrier: .*0\.05 minutes \(TDPO_TIMEOUT"),
-        ("fail(WorkError('my own fault'), 1)", "5", "worker 1 of 2: my own fault"),
+        pytest.param("fail(WorkError('my own fault'), 1)", "5", "worker 1 of 2: my own fault", marks=pytest.mark.slow),
     ],
 )
 def test_a_silent_or_failed_peer_never_hangs_the_others(second, timeout, message, monkeypatch, tmp_path):

@@ -27,9 +27,13 @@ def workers(folder, size, settings):
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
 
 
+MORE = [("two", 2, {}), ("all timesteps", 2, ALL_TIMESTEPS), ("four", 4, ALL_TIMESTEPS)]
+
+
 # batches of 4 of 12 samples, 2 inner epochs
 @pytest.mark.parametrize(
-    "size, settings", [(2, {}), (3, {}), (2, ALL_TIMESTEPS), (4, ALL_TIMESTEPS)], ids=["two", "three, uneven", "all timesteps", "four"]
+    "size, settings",
+    [pytest.param(3, {}, id="three, uneven"), *(pytest.param(size, settings, marks=pytest.mark.slow, id=name) for name, size, settings in MORE)],
 )
 def test_several_processes_train_as_one(tmp_path, size, settings):
     alone, several = inner_epochs.train(World(), settings), workers(tmp_path, size, settings)

@@ -26,6 +26,7 @@ def check(counts, times):
         assert counts[name] == 0, name
 
 
+@pytest.mark.slow
 def test_a_run_killed_three_times_equals_the_run_that_was_not(tmp_path):
     check(kill(3, tmp_path, seed=1), 3)
 

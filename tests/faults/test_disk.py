@@ -180,9 +180,8 @@ def test_a_full_disk_stops_the_run_and_spares_what_was_saved(run, straight, what
     assert tiny.rows(run)[:3] == before[0] and [row["epoch"] for row in tiny.rows(run)] == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize(
-    "limit", [pytest.param(300, marks=pytest.mark.slow, id="a small file is too large"), pytest.param(20_000, id="a large file is too large")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [pytest.param(300, id="a small file is too large"), pytest.param(20_000, id="a large file is too large")])
 def test_the_systems_own_refusal_is_one_message(run, limit):
     """RLIMIT_FSIZE makes the kernel refuse, so that torch and safetensors meet it in their own compiled code."""
     sizes = (run / "metrics.jsonl").stat().st_size

@@ -39,7 +39,7 @@ def train(folder, spoil, *more, reward="train=brightness"):
 
 
 # --- the training reward --------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("number", ["nan", *(pytest.param(name, marks=pytest.mark.slow) for name in ("inf", "-inf"))])
 def test_a_broken_score_skips_the_steps_that_hold_it_and_only_them(tmp_path, number):
     run, name, outcome = train(tmp_path, f"scores[1] = float('{number}') if epoch == 1 else scores[1]")
     assert outcome.status == 0, outcome.err

@@ -1,5 +1,6 @@
 """Facts about signals: the exit status says which, the finished epochs are on disk, and going on ends as if uninterrupted."""
 
+import itertools
 import os
 import signal
 import threading
@@ -36,8 +37,14 @@ def send(number):
     os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("moment", ["rollout", "update", "saving the state", "writing the row"])
-@pytest.mark.parametrize("number", STATUS, ids=lambda number: number.name)
+MOMENTS = ("rollout", "update", "saving the state", "writing the row")
+QUICK = [(signal.SIGTERM, "update"), (signal.SIGINT, "saving the state")]
+
+
+@pytest.mark.parametrize(
+    "number, moment",
+    [pytest.param(*one, marks=[] if one in QUICK else pytest.mark.slow, id=f"{one[0].name}-{one[1]}") for one in itertools.product(STATUS, MOMENTS)],
+)
 def test_a_stopped_run_keeps_what_is_finished(tmp_path, straight, monkeypatch, number, moment):
     calls = []
 

@@ -38,6 +38,7 @@ def bench():
     return setup.build(SMALL, torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_the_benchmark_has_the_contracts_fields_and_its_gate_holds(bench):
     report = json.loads(json.dumps(epoch.measure(bench, 1, with_ladder=True, with_compile=False)))
     assert report["gate"]["holds"], report["gate"]["reasons"]
@@ -50,7 +51,9 @@ def test_the_benchmark_has_the_contracts_fields_and_its_gate_holds(bench):
 
 
 @pytest.mark.parametrize(
-    "wrong", [lambda gradient: gradient * 1.01, lambda gradient: gradient.roll(1), torch.zeros_like], ids=["1 % too long", "shuffled", "none"]
+    "wrong",
+    [lambda gradient: gradient * 1.01, *(pytest.param(wrong, marks=pytest.mark.slow) for wrong in (lambda gradient: gradient.roll(1), torch.zeros_like))],
+    ids=["1 % too long", "shuffled", "none"],
 )
 def test_a_wrong_gradient_of_the_standin_fails_the_gate_and_nothing_is_timed(bench, wrong):
     report = epoch.measure(bench, 1, with_ladder=False, with_compile=False, tamper=wrong)
@@ -58,6 +61,7 @@ def test_a_wrong_gradient_of_the_standin_fails_the_gate_and_nothing_is_timed(ben
     assert "epoch_ratio" not in report
 
 
+@pytest.mark.slow
 def test_a_gradient_of_ours_that_is_worse_fails_the_gate(bench, monkeypatch):
     real = ours.train
 
@@ -80,6 +84,7 @@ def test_the_standin_makes_tdpos_samples(bench):
     assert torch.allclose(own.image_embeds, theirs.image_embeds, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_every_way_of_the_ladder_makes_the_same_gradient(bench):
     plan, order = ladder.Plan(4, 4, 4), ours.order(bench)
     bench.restart()
@@ -99,6 +104,7 @@ def test_every_way_of_the_ladder_makes_the_same_gradient(bench):
     assert all((one - gradients[0]).norm() < 1e-3 * gradients[0].norm() for one in gradients[1:])
 
 
+@pytest.mark.slow
 def test_the_full_architecture_is_constructed_without_numbers():
     run = subprocess.run(
         [sys.executable, str(BENCHMARKS / "epoch.py"), "--size", "sd1", "--dry", "--json"], capture_output=True, text=True, check=True, timeout=300
@@ -108,6 +114,7 @@ def test_the_full_architecture_is_constructed_without_numbers():
     assert facts["trajectory_bytes_per_step_and_sample"] <= 69e3
 
 
+@pytest.mark.slow
 def test_memory_grows_by_the_stored_trajectory_only(monkeypatch):
     """One more step of a sample costs its latent and its embedding, and no more numbers than 69 kB leave room for at 512 pixels."""
     report = growth.measure(torch.device("cpu"), 1, {"steps": (2, 4, 6)})
@@ -115,6 +122,7 @@ def test_memory_grows_by_the_stored_trajectory_only(monkeypatch):
     assert stored * 0.9 < per_pair < stored + 69_000 - 4 * (4 * 64 * 64 + 768)
 
 
+@pytest.mark.slow
 def test_reduced_full_size_path_runs_on_a_cpu():
     bench = setup.build(dataclasses.replace(setup.SIZES["sd1-small"]), torch.device("cpu"))
     report = epoch.measure(bench, 1, with_ladder=False, with_compile=False)

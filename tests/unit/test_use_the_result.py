@@ -104,6 +104,7 @@ def test_what_is_not_run_is_at_least_python_that_names_what_there_is(page):
 
 
 # --- its images -------------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_off_is_the_base_model_and_half_lies_between(place):
     _, names = place
     on, half, off = (pixels(names[name]) for name in ("image", "half", "off"))
@@ -112,6 +113,7 @@ def test_off_is_the_base_model_and_half_lies_between(place):
     assert 5 < abs(half - off).mean() < abs(on - off).mean()
 
 
+@pytest.mark.slow
 def test_half_strength_is_tdpo_s_lora_scale(place):
     folder, names = place
     pipe = base(names)
@@ -125,6 +127,7 @@ def test_half_strength_is_tdpo_s_lora_scale(place):
     assert abs(samples(place, "half") - samples(place, "seven")).max() > 5
 
 
+@pytest.mark.slow
 def test_the_fused_model_is_the_model_with_its_lora(place):
     folder, names = place
     pipe = names["StableDiffusionPipeline"].from_pretrained(folder / "fused")
@@ -132,6 +135,7 @@ def test_the_fused_model_is_the_model_with_its_lora(place):
     assert abs(draw(names, pipe) - pixels(names["image"])).max() <= 1
 
 
+@pytest.mark.slow
 def test_the_whole_unet_is_the_trained_one(place):
     folder, names = place
     saved = names["StableDiffusionPipeline"].from_pretrained(folder / "whole")

@@ -10,6 +10,7 @@ import shutil
 import string
 from pathlib import Path
 
+import helpers
 import pytest
 import torch
 from helpers import make_preset, tdpo
@@ -238,7 +239,9 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize(
+    "error", [ERRORS[0], *(pytest.param(error, marks=pytest.mark.slow) for error in ERRORS[1:])], ids=lambda error: type(error).__name__
+)
 def test_an_automatic_micro_batch_gets_smaller_until_it_fits(monkeypatch, error):
     asked = short_of_memory(monkeypatch, 1, error)
     outcome = train("--out", "run")
@@ -271,7 +274,7 @@ def test_memory_that_runs_out_in_the_middle_of_an_epoch_costs_that_epoch_only(mo
         assert_same_run(calm, row, presets.load("calm/preset.json"))
 
 
-@pytest.mark.parametrize("settings, most", [({"run__micro_batch": 2}, 1), ({}, 0)], ids=["asked for", "not even one fits"])
+@pytest.mark.parametrize("settings, most", [({"run__micro_batch": 2}, 1), pytest.param({}, 0, marks=pytest.mark.slow)], ids=["asked for", "not even one fits"])
 def test_out_of_memory_says_what_to_lower(monkeypatch, settings, most):
     short_of_memory(monkeypatch, most, ERRORS[0])
     message = refused(train("--out", "run", **settings), status=1)
@@ -289,12 +292,14 @@ def test_the_advice_fits_the_preset():
 
 def test_other_errors_are_no_memory_errors():
     assert not memory.exhausted(RuntimeError("shapes do not match"))
+    assert all(map(memory.exhausted, ERRORS))
 
 
 # --- anything at all --------------------------------------------------------------------------------------------------------
 def calm(examples):
-    """The same examples every time; a slow machine is no failure."""
-    return settings(max_examples=examples, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    """The same examples every time, without the slow tests a fifth of them; a slow machine is no failure."""
+    count = examples if helpers.thorough else examples // 5
+    return settings(max_examples=count, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 
 
 KEYS = {section: list(keys) for section, keys in presets.Preset().as_dict().items()}

@@ -11,18 +11,37 @@ HEAVY = ("torch", "diffusers", "transformers", "numpy")
 TIMES = 3  # at most so much more processor time than `tdpo --help`
 
 
-def shell(*arguments, cwd):
-    """The command in a process of its own; the last line of standard error lists the heavy libraries that it loaded."""
-    program = (
-        f"import sys, atexit; sys.argv = {['tdpo', *map(str, arguments)]!r}\n"
-        f"atexit.register(lambda: print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr))\n"
-        "from tdpo_cli.cli import main; main()"
+PROGRAM = f"""
+import contextlib, io, json, os, sys
+from pathlib import Path
+from tdpo_cli.cli import main
+listing = lambda: sorted(map(str, Path().rglob("*")))
+for arguments in json.load(sys.stdin):
+    out, err, before, loaded = io.StringIO(), io.StringIO(), listing(), set(sys.modules)
+    sys.argv, status = ["tdpo", *arguments], None
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as ended:
+            status = ended.code
+    heavy = [name for name in {HEAVY!r} if name in sys.modules and name not in loaded]
+    print(json.dumps([status, out.getvalue(), err.getvalue(), heavy, before == listing()]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """All wrong requests, one after the other in one process. -> arguments -> status, output, errors, heavy libraries it loaded, folder untouched"""
+    asked = json.dumps([arguments for arguments, _ in WRONG])
+    process = subprocess.run(
+        [sys.executable, "-c", PROGRAM], input=asked, capture_output=True, text=True, cwd=furnished(tmp_path_factory.mktemp("place"))
     )
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=cwd)
+    found = [json.loads(line) for line in process.stdout.splitlines()]
+    assert len(found) == len(WRONG), process.stderr
+    return {arguments: answer for (arguments, _), answer in zip(WRONG, found, strict=True)}
 
 
-@pytest.fixture
-def place(tmp_path):
+def furnished(tmp_path):
     """A folder with an image, a run without checkpoints, samples, a file of LoRA weights (never read), and things that are in the way."""
     (tmp_path / "images").mkdir()
     (tmp_path / "images/a.png").touch()
@@ -36,6 +55,11 @@ def place(tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/thesis.txt").touch()
     return tmp_path
+
+
+@pytest.fixture
+def place(tmp_path):
+    return furnished(tmp_path)
 
 
 CROSS_EVAL = ("cross-eval", "base", "--prompts", "sandbox")
@@ -101,13 +125,11 @@ WRONG = [
 
 
 @pytest.mark.parametrize("arguments, message", WRONG, ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")
-def test_a_wrong_request_is_answered_before_torch_is_imported(arguments, message, place):
-    before = sorted(place.rglob("*"))
-    process = shell(*arguments, cwd=place)
-    said, heavy = process.stderr.removeprefix("tdpo: ").splitlines()[0], process.stderr.splitlines()[-1]
-    assert process.returncode == 2 and process.stdout == "" and said.startswith(message), process.stderr
-    assert heavy == "[]"
-    assert sorted(place.rglob("*")) == before
+def test_a_wrong_request_is_answered_before_torch_is_imported(arguments, message, answers):
+    status, out, err, heavy, untouched = answers[arguments]
+    assert (status, out) == (2, "") and err.removeprefix("tdpo: ").splitlines()[0].startswith(message), err
+    assert heavy == []
+    assert untouched
 
 
 def seconds(*arguments, cwd):
@@ -121,6 +143,7 @@ def seconds(*arguments, cwd):
     return min(spent)
 
 
+@pytest.mark.slow
 def test_the_answer_takes_little_more_time_than_the_help(place):
     of_help = seconds("--help", cwd=place)
     wrong = (

@@ -15,11 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 from flow_models import SD3
+from helpers import LinearPolicy, make_trajectory
 from helpers import tiny_vae
 from safetensors.torch import load_file, save_file
 from tolerances import assert_same_run, bound, log_prob_error
 
-from tdpo_cli import models
+from tdpo_cli import algorithms, models
+from tdpo_cli.algorithms.base import credit as credit_of
+from tdpo_cli.algorithms.critic import Critic
 from tdpo_cli.config import preset as presets
 from tdpo_cli.config import prompts
 from tdpo_cli.console import Console
@@ -29,14 +32,17 @@ from tdpo_cli.machine.world import World
 from tdpo_cli.models import lora_file
 from tdpo_cli.models.policy import Policy
 from tdpo_cli.overoptimisation import verdict
+from tdpo_cli.randomness import Randomness
 from tdpo_cli.rewards import scoring
 from tdpo_cli.rewards.backbones import Backbones
 from tdpo_cli.sandbox import ZOO
 from tdpo_cli.storage.run_dir import RunDir
+from tdpo_cli.train import epoch as epochs
 from tdpo_cli.train import saving, train
 from tdpo_cli.train.epoch import run_epoch
 from tdpo_cli.train.rollout import Actor
 from tdpo_cli.train.state import build, make_optimizers
+from tdpo_cli.train.update import Observer
 
 # four samples of two prompts in two steps: small, and enough for every option to matter
 SMALL = {
@@ -123,6 +129,12 @@ CHANGES_THE_RUN = {
     "run.seed": ({}, [7]),
 }  # fmt: skip
 
+# what only shows with real networks; all the rest is arithmetic on what they gave
+OF_THE_NETWORKS = {
+    "rollout.eta", "rollout.noise_level", "rollout.window", "rollout.negative_prompt", "reward.train", "algorithm.critic_activation",
+}  # fmt: skip
+MATHEMATICS = [key for key in CHANGES_THE_RUN if key not in OF_THE_NETWORKS and not key.startswith("model.")]
+
 
 @cache
 def small_run(overrides: tuple) -> dict:
@@ -178,13 +190,48 @@ def test_the_same_settings_give_the_same_run():
     assert same(numbers(run_with({})), numbers(again))
 
 
-@pytest.mark.parametrize("key", CHANGES_THE_RUN)
-def test_option_changes_the_run(key):
+@cache
+def small_mathematics(overrides: tuple) -> dict:
+    """The same of a policy of four weights on made-up samples and scores: credit, update and resets without networks that sample or score."""
+    preset, draw = settings_of(dict(overrides)), torch.Generator().manual_seed(5)
+    policy, critic = LinearPolicy(preset.rollout.steps), Critic(5, preset.algorithm.critic_init_std or 0.1) if preset.has_critic else None
+    randomness = Randomness(preset.run.seed)
+    if critic:
+        critic.initialise(randomness.initial_weights("critic"))
+    job = types.SimpleNamespace(
+        preset=preset, policy=policy, critic=critic, algorithm=algorithms.make(preset), optimizers=make_optimizers(policy, critic, preset),
+        randomness=randomness, plan=memory.Plan.of(8), world=World(),
+    )  # fmt: skip
+    found = {}
+    for epoch in range(2):
+        samples = make_trajectory(policy, preset.rollout.samples_per_epoch, guidance=preset.rollout.guidance_scale, epoch=epoch, seed=epoch)
+        if preset.scores_reference:
+            away = torch.randn(samples.log_probs.shape, generator=draw) / 10
+            samples = dataclasses.replace(samples, ref_log_probs=samples.log_probs + away)
+        credit = credit_of(job.algorithm, samples, torch.randn(len(samples.prompts), generator=draw))
+        _, neurons = epochs._inner_epochs(job, samples, credit, epochs._orders(job, epoch), Observer())
+        job.algorithm.after_epoch(credit)
+        networks = {**policy.trainable, **(critic.state_dict() if critic else {})}
+        found[epoch] = [dataclasses.asdict(credit), neurons, {name: weight.detach().clone() for name, weight in networks.items()}]
+    return found | {"memory": copy.deepcopy(job.algorithm.state_dict())}
+
+
+def all_differ(key: str, run, content=lambda found: found) -> None:
     given, values = CHANGES_THE_RUN[key]
-    runs = [run_with(given), *(run_with(given | {key: value}) for value in values)]
-    for i, one in enumerate(runs):
-        for other in runs[i + 1 :]:
-            assert not same(numbers(one), numbers(other)), f"{key}: {values} and the default give the same run"
+    made = [content(run(tuple(sorted(changes.items())))) for changes in (given, *(given | {key: value} for value in values))]
+    for i, one in enumerate(made):
+        for other in made[i + 1 :]:
+            assert not same(one, other), f"{key}: {values} and the default give the same"
+
+
+@pytest.mark.parametrize("key", MATHEMATICS)
+def test_option_changes_the_mathematics(key):
+    all_differ(key, small_mathematics)
+
+
+@pytest.mark.parametrize("key", [pytest.param(key, marks=pytest.mark.slow) if key in MATHEMATICS else key for key in CHANGES_THE_RUN])
+def test_option_changes_the_run(key):
+    all_differ(key, small_run, numbers)
 
 
 # --- what some of them do, beyond making a difference -----------------------------------------------------------------
@@ -619,7 +666,14 @@ ELSEWHERE = {
 }
 
 
-@pytest.mark.parametrize("check", dict.fromkeys(ELSEWHERE.values()), ids=lambda check: check.__name__)
+SLOW = (stopping_early, tracking, memory_limit, compiled, shown_images)  # have smaller siblings in other files, or take a second
+
+
+@pytest.mark.parametrize(
+    "check",
+    [pytest.param(check, marks=pytest.mark.slow) if check in SLOW else check for check in dict.fromkeys(ELSEWHERE.values())],
+    ids=lambda check: check.__name__,
+)
 def test_option_outside_the_mathematics(check, request):
     wanted = check.__code__.co_varnames[: check.__code__.co_argcount]
     check(**{name: request.getfixturevalue(name) for name in wanted})
@@ -678,7 +732,7 @@ def test_full_fine_tuning_without_a_reference_keeps_one_copy():
     assert start({"model.lora_rank": 0}).policy.adapter.reference is None
 
 
-@pytest.mark.parametrize("rank", [2, 0])
+@pytest.mark.parametrize("rank", [2, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_resumed_run_equals_a_straight_one(tmp_path, rank):
     """LoRA, and the whole UNet; with an adaptive KL controller and its reference."""
     changes = {"model.lora_rank": rank, "update.learning_rate": 1e-4, **KL, "algorithm.kl_target": 0.1, "rollout.prompts": str(two_prompts())}

@@ -197,6 +197,7 @@ def test_an_adapter_of_zeros_differs_by_exactly_nothing(run, evaluated, place):
     assert one["verdict"]["sentence"] == "what it was trained on is not known: no verdict"
 
 
+@pytest.mark.slow
 def test_every_image_has_its_own_noise_and_another_seed_other_images(evaluated, place):
     own = pictures(evaluated / "images/base")
     assert len(set(own.values())) == len(own)
@@ -205,6 +206,7 @@ def test_every_image_has_its_own_noise_and_another_seed_other_images(evaluated, 
 
 
 # --- going on -------------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_and_ends_the_same(run, evaluated, place):
     out = place / "killed"
     command = [sys.executable, "-m", "tdpo_cli", "cross-eval", run, *QUICK, "--out", out]
@@ -280,6 +282,7 @@ def growing(run, evaluated, place):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_is_evaluated_as_far_as_it_was(growing, evaluated, place):
     before = (place / "of-growing/cross_eval.json").read_bytes()
     assert [model["name"] for model in content(place / "of-growing")["models"]] == ["base", "growing/epoch_0000"]
@@ -289,6 +292,7 @@ def test_a_run_that_goes_on_is_evaluated_as_far_as_it_was(growing, evaluated, pl
     assert (place / "of-growing/cross_eval.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_gone_or_changed_stops_an_unfinished_evaluation(growing, place):
     (place / "of-growing/cross_eval.json").unlink()
     shutil.move(growing / "later", growing / "checkpoints/epoch_0001")
@@ -299,6 +303,7 @@ def test_a_checkpoint_that_is_gone_or_changed_stops_an_unfinished_evaluation(gro
 
 
 # --- what may be compared -------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_runs_of_one_name_share_the_base_and_keep_apart(run, evaluated, place):
     shutil.copytree(run, place / "copies/run")
     out = place / "two"
@@ -316,6 +321,7 @@ def test_runs_of_one_name_share_the_base_and_keep_apart(run, evaluated, place):
     assert "## Every run's last checkpoint" in (out / "cross_eval.md").read_text()
 
 
+@pytest.mark.slow
 def test_all_rewards_are_the_runs_own_and_the_zoos(run, place):
     out = place / "all"
     outcome = tdpo("cross-eval", run, "--epoch", 1, "--prompts", "held-out.txt", "--per-prompt", 1, "--out", out)
@@ -326,6 +332,7 @@ def test_all_rewards_are_the_runs_own_and_the_zoos(run, place):
     assert all(model["diversity"] is None and model["agreement"] is None for model in found["models"])  # one image a prompt
 
 
+@pytest.mark.slow
 def test_the_base_model_alone_is_described(place):
     out = place / "base-only"
     outcome = tdpo("cross-eval", "base", "--preset", "tiny.toml", *QUICK, "--out", out)
@@ -336,6 +343,7 @@ def test_the_base_model_alone_is_described(place):
     assert (out / "cross_eval.png").exists() and "aesthetic" in outcome.err
 
 
+@pytest.mark.slow
 def test_fully_fine_tuned_checkpoints_are_compared_with_the_same_base(train, evaluated, place):
     full = train("full", "--set", "model.lora_rank=0", "--set", "update.learning_rate=1e-3", "--epochs", 1)
     outcome = tdpo("cross-eval", full, *QUICK, "--out", place / "of-full")
@@ -344,6 +352,7 @@ def test_fully_fine_tuned_checkpoints_are_compared_with_the_same_base(train, eva
     assert model_of(place / "of-full", "full/epoch_0000")["rewards"]["aesthetic"]["difference"]["mean"] != 0
 
 
+@pytest.mark.slow
 def test_settings_that_differ_get_a_base_of_their_own(run, place):
     preset = json.loads((run / "preset.json").read_text())
     shutil.copytree(run, place / "slower")
@@ -401,6 +410,7 @@ def test_a_folder_with_other_things_is_left_alone(run, place):
     assert [path.name for path in (place / "mine").iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.slow
 def test_the_default_folder_counts_up(run, place):
     for number in (1, 2):
         assert tdpo("cross-eval", run / "checkpoints/epoch_0000", "--rewards", "gold", "--quiet").status == 0

@@ -129,6 +129,7 @@ def test_at_full_size_the_names_are_the_well_known_ones():
     assert set(converted) == {f"{name}.{part}" for name in names for part in ("lora_down.weight", "lora_up.weight", "alpha")}
 
 
+@pytest.mark.slow
 def test_at_full_size_every_layer_is_found_by_its_name():
     """As the programs that read the format do it: the module's path with underscores."""
     unet, state = sd1_state()
@@ -181,7 +182,7 @@ def sdxl(targets, sizes="published"):
     return unet.config, state
 
 
-@pytest.mark.parametrize("sizes", ["published", "two levels, one layer"])
+@pytest.mark.parametrize("sizes", [pytest.param("published", marks=pytest.mark.slow), "two levels, one layer"])
 @pytest.mark.parametrize("targets", [ATTENTION, EVERYTHING], ids=["attention", "everything"])
 def test_sdxl_names_are_read_back_by_diffusers_own_converter(sizes, targets):
     config, state = sdxl(targets, sizes)
@@ -204,6 +205,7 @@ def test_sdxl_names_are_the_well_known_ones():
     assert converted["lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight"].shape == (4, 640)
 
 
+@pytest.mark.slow
 def test_sdxl_metadata_names_the_generation():
     facts = kohya.metadata(sdxl(ATTENTION)[1], "my-lora")
     assert (facts["ss_base_model_version"], facts["modelspec.architecture"]) == ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora")

@@ -1,6 +1,7 @@
 """Facts about memory: the counted sizes are those of the networks, and the ladder's plans fit what they are chosen for."""
 
 import contextlib
+import itertools
 import json
 import weakref
 
@@ -81,9 +82,16 @@ def call(network, config, dtype):
         return network(make(2, 4, side, side), torch.zeros(2, device="meta"), encoder_hidden_states=make(2, 77, config["block_out_channels"][0]))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["all kept", "checkpointing"])
-@pytest.mark.parametrize("name", UNETS)
+QUICK = [("narrow", False, torch.float16), ("narrow", True, torch.float32), ("sd1", True, torch.float16)]
+
+
+@pytest.mark.parametrize(
+    "name, checkpointing, dtype",
+    [
+        pytest.param(*one, marks=[] if one in QUICK else pytest.mark.slow, id=f"{one[0]}-{'checkpointing' if one[1] else 'all kept'}-{one[2]}")
+        for one in itertools.product(UNETS, (False, True), (torch.float32, torch.float16))
+    ],
+)
 def test_what_a_backward_pass_keeps_is_counted(flash, name, checkpointing, dtype):
     config = UNETS[name]
     network = unet(config, dtype)
@@ -109,7 +117,7 @@ def test_what_a_backward_pass_keeps_is_counted(flash, name, checkpointing, dtype
     assert counted * 0.85 < predicted - once_more < counted * 1.2
 
 
-@pytest.mark.parametrize("name", UNETS)
+@pytest.mark.parametrize("name", ["narrow", *(pytest.param(name, marks=pytest.mark.slow) for name in UNETS if name != "narrow")])
 def test_what_a_forward_pass_needs_is_counted(flash, name):
     config = UNETS[name]
     network = unet(config, torch.float16)

@@ -329,6 +329,7 @@ def test_file_made_otherwise_is_not_continued(folder, my, tmp_path):
     assert "s.meta.json" in refused(folder, "--rewards", my("brightness"), "--out", out)
 
 
+@pytest.mark.slow
 def test_stopped_run_keeps_its_rows_and_goes_on(folder, my, tmp_path):
     out, whole = tmp_path / "s.jsonl", tmp_path / "whole.jsonl"
     arguments = ["score", str(folder), "--rewards", my("slow"), "--batch-size", "1", "--out"]
@@ -343,6 +344,7 @@ def test_stopped_run_keeps_its_rows_and_goes_on(folder, my, tmp_path):
     assert out.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_file(folder, my, tmp_path):
     (folder / "06.png").write_bytes(b"damaged")
     arguments = ["--rewards", f"{my('brightness')},aesthetic", "--zoo", "sandbox", "--batch-size", "1", "--out"]
@@ -352,6 +354,7 @@ def test_two_processes_write_the_same_file(folder, my, tmp_path):
     assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_dying_process_is_reported_and_its_rows_are_scored_later(folder, my, tmp_path):
     Image.new("RGB", (16, 16), "white").save(folder / "more" / "11.png")
     arguments = ["--rewards", my("dies_on_white"), "--batch-size", "1", "--out", tmp_path / "s.jsonl", "--processes", "2"]

@@ -257,6 +257,7 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_alone(straight, place):
     assert files(straight) == before
 
 
+@pytest.mark.slow
 def test_a_run_that_finished_no_epoch_is_resumed_from_the_start(place, straight):
     run = place / "nothing"
     run.mkdir()
@@ -288,6 +289,7 @@ def test_training_may_start_from_a_checkpoint(train, straight):
         assert torch.equal(old, value) and new.shape == value.shape
 
 
+@pytest.mark.slow
 def test_the_whole_unet_trains_saves_and_samples_too(train, place):
     run = train("whole", "--epochs", 1, "--set", "model.lora_rank=0", "--set", "run.preview_images=0")
     folder = run / "checkpoints/epoch_0000"

@@ -118,6 +118,7 @@ def test_a_resumed_run_goes_on_in_the_same_folder(straight, train):
     assert tiny.rows(run) == tiny.rows(straight)
 
 
+@pytest.mark.slow
 def test_a_tracker_added_to_a_finished_run_is_told_all_of_it(train, straight):
     run = train("late")
     before = (run / "metrics.jsonl").read_bytes()
@@ -126,12 +127,14 @@ def test_a_tracker_added_to_a_finished_run_is_told_all_of_it(train, straight):
     assert_shows_the_run(run)
 
 
+@pytest.mark.slow
 def test_a_tracker_may_be_dropped_when_a_run_goes_on(train, straight):
     run = train("dropped", "--tracker", "tensorboard", "--epochs", 1)
     train("dropped", "--resume", "--epochs", 2, "--set", "run.trackers=[]")
     assert len(tiny.rows(run)) == 2 and [step for step, _ in board(run)[0]["epoch"]] == [0]
 
 
+@pytest.mark.slow
 def test_an_epoch_that_runs_again_counts_once(train, straight):
     """The newest state is damaged, so the resume goes back to the one before."""
     run = train("again", "--tracker", "tensorboard")
@@ -155,6 +158,7 @@ def test_a_run_that_was_stopped_before_the_tracker_heard_loses_no_epoch(train, p
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_a_tracker_that_fails_warns_once_and_is_told_later_what_it_missed(train, plain, straight, monkeypatch):
     real, calls = tracking.TensorBoardTracker.log, []
 

@@ -78,7 +78,7 @@ def test_safetensors_and_pickled_weights_are_the_same_policy(pipeline, tmp_path,
     assert_same(outputs(load(tmp_path / "bin")), expected)
 
 
-@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("pickled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_folder_with_fp16_files_only_loads(tmp_path, expected, pickled):
     half = StableDiffusionPipeline.from_pretrained(SOURCE, safety_checker=None, requires_safety_checker=False, dtype=torch.float16)
     half.save_pretrained(tmp_path, variant="fp16", safe_serialization=not pickled)

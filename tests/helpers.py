@@ -38,12 +38,14 @@ class LinearPolicy:
         self.bias = torch.nn.Parameter(torch.tensor(0.1))
         self.trainable = {"weight": self.weight, "bias": self.bias}
         self.calls: list[int] = []  # rows of every call
+        self.reference = self.weight.detach().clone(), self.bias.detach().clone()
 
     def transition(self, x_t: Tensor, k: Tensor, texts: Conditioning, rows: Tensor, guidance: float, reference: bool = False) -> Transition:
         self.calls.append(len(x_t))
+        weight, bias = self.reference if reference else (self.weight, self.bias)
         column = (-1, 1, 1, 1)
-        mean = self.weight[k].view(column) * x_t + self.bias * guidance * texts[rows].parts["embeds"].mean(dim=(1, 2)).view(column)
-        return Transition(mean, torch.full((len(x_t), 1, 1, 1), 0.5), x0=mean)
+        mean = weight[k].view(column) * x_t + bias * guidance * texts[rows].parts["embeds"].mean(dim=(1, 2)).view(column)
+        return Transition(mean, torch.full((len(x_t), 1, 1, 1), 0.5), x0=mean, prediction=2 * mean)
 
 
 @torch.no_grad()

@@ -63,6 +63,9 @@ def bound(column: str, row: Mapping[str, Any], preset: Preset) -> float:
     pairs = preset.rollout.samples_per_epoch * preset.trained_steps
     rms_log_ratio = math.sqrt(2 * row["approx_kl"])
     log_ratio = 2 * log_prob_error(preset.rollout.steps, preset.rollout.eta or 1.0) + moved * rms_log_ratio  # old and new log-prob, and the movement
+    # of one step alone: its ratios may spread more than the others'
+    spreads = [spread for spread in row.get("steps/ratio_std", ()) if spread is not None]
+    worst_step = 2 * log_prob_error(preset.rollout.steps, preset.rollout.eta or 1.0) + moved * max(spreads, default=0.0)
     if column.startswith("rewards/"):
         name = column.rsplit("/", 1)[0]
         return before * row[f"{name}/std"] + PREDICTION * abs(row[f"{name}/mean"])
@@ -81,6 +84,12 @@ def bound(column: str, row: Mapping[str, Any], preset: Preset) -> float:
         "critic_grad_norm": moved * abs(value or 0),
         "critic_explained_variance": WORST * before,
         "agreement": WORST * before,
+        # of squares of the predictions' movement
+        "kl_loss": 2 * (moved * (value or 0) + PREDICTION * math.sqrt(value or 0)) if column == "kl_loss" else 0,
+        "ema": moved * value if column == "ema" else 0,
+        "steps/ratio_mean": worst_step,
+        "steps/ratio_std": worst_step,
+        "steps/clip_fraction": preset.trained_steps * (1 / pairs + worst_step / max(rms_log_ratio, worst_step)),
         "mean_kl": preset.rollout.steps * log_ratio,
         "dormant_fraction": 1 / NEURONS + moved,
         "dormant_fraction_extra": 1 / NEURONS + moved,
@@ -100,7 +109,12 @@ def errors(row: Mapping[str, Any], other: Mapping[str, Any], preset: Preset) -> 
         if value is None or other[column] is None:
             found[column] = 0.0 if value is other[column] else math.inf
             continue
-        difference, allowed = abs(other[column] - value), bound(column, row, preset)
+        allowed = bound(column, row, preset)
+        if isinstance(value, list):
+            assert [one is None for one in value] == [one is None for one in other[column]]
+            difference = max(abs(one - two) for one, two in zip(value, other[column], strict=True) if one is not None)
+        else:
+            difference = abs(other[column] - value)
         found[column] = difference / allowed if allowed else (math.inf if difference else 0.0)
     return found
 

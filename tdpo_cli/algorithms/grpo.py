@@ -49,7 +49,10 @@ class GRPO:
 
 
 def group_advantages(prompt_keys: Sequence[str], rewards: Tensor, std: str) -> Tensor:
-    """(r - mean of the prompt) / (S + 1e-4); S is the std of the prompt (`group`), of all (`epoch`), or the quotient is left out (`none`). [N] -> [N]"""
+    """(r - mean of the prompt) / (S + 1e-4). [N] -> [N]
+
+    S is the standard deviation of the prompt (`group`) or of all (`epoch`); with `none` nothing is divided.
+    """
     groups: dict[str, list[int]] = defaultdict(list)
     for row, key in enumerate(prompt_keys):
         groups[key].append(row)

@@ -152,7 +152,7 @@ class Update:
     kl_coef: float = knob(0.0, "weight of the KL term in the loss, against the weights that training started from; 0 is off", at_least=0)
     kl_kind: Literal["prediction", "gaussian", "flow-grpo"] = knob(
         "prediction",
-        "KL term: squared difference d of the predictions; or d of the steps' means, d^2 / (2 std^2); or that with Flow-GRPO's std, without sqrt(-dt)",
+        "KL term: squared difference of the predictions; of the steps' means, divided by 2 std^2; or that with Flow-GRPO's std, without sqrt(-dt)",
     )
     ema_decay: float = knob(0.0, "moving average of the trained weights, which checkpoints hold and previews show; 0 is off", at_least=0, below=1)
     ema_every: int = knob(8, "optimizer steps between updates of the moving average", at_least=1)

@@ -33,7 +33,8 @@ def model_card(preset: Preset, rows: Sequence[Mapping[str, Any]], prompts: Seque
 # {name} on {_short(preset.reward.train)}, epoch {last["epoch"]}
 
 `{_short(preset.model.base)}`, trained with tdpo {__version__} to please the reward `{_short(preset.reward.train)}`:
-{last["reward_queries"]:,} reward queries, {last["updates"]:,} optimizer steps. This folder holds {what} after epoch {last["epoch"]} (the first is 0).
+{last["reward_queries"]:,} reward queries, {last["updates"]:,} optimizer steps.
+This folder holds {_average(preset)}{what} after epoch {last["epoch"]} (the first is 0).
 
 ```python
 {_loading(preset, prompts[0], component)}
@@ -52,6 +53,11 @@ deviations of epoch 0. A reward model's score that rises is no proof of better i
 
 Sampled in training with {_noise(preset)}, guidance scale {preset.rollout.guidance_scale:g}.
 """
+
+
+def _average(preset: Preset) -> str:
+    decay, every = preset.update.ema_decay, preset.update.ema_every
+    return f"the moving average (decay {decay:g}, every {every} optimizer steps), not the trained weights themselves, of " if decay > 0 else ""
 
 
 def _noise(preset: Preset) -> str:

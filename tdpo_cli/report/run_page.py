@@ -67,6 +67,7 @@ def _header(name: str, preset: Preset, rows: Rows, verdict: Verdict) -> str:
         ("reward queries", f"{rows[-1].get('reward_queries') or 0:,}" if rows else "0"),
         ("seed", preset.run.seed),
         ("time", duration(seconds)),
+        *([("checkpoints", "hold a moving average of the weights; rewards are of the weights themselves")] if preset.update.ema_decay > 0 else []),
     ]
     judged = verdict_box(verdict.sentence, verdict.kind)
     return f"<header><p class=eyebrow>tdpo run report</p><h1>{escape(name)}</h1>{judged}{facts(pairs)}{_warnings(rows)}</header>"

@@ -18,11 +18,15 @@ class Average:
         self.values = [weight.detach().clone() for weight in self.weights]
         self.steps = 0  # of the optimizer, over the whole run
 
-    @torch.no_grad()
     def update(self) -> None:
-        """Called after every optimizer step; every `every`-th one moves the average."""
-        step, self.steps = self.steps, self.steps + 1
-        if self.steps % self.every:
+        """Called after every optimizer step."""
+        self.apply(self.steps)
+        self.steps += 1
+
+    @torch.no_grad()
+    def apply(self, step: int) -> None:
+        """Move the average after optimizer step `step`, counted from 0, if that is an `every`-th one."""
+        if (step + 1) % self.every:
             return
         decay = min((1 + step) / (10 + step), self.decay)
         for value, weight in zip(self.values, self.weights, strict=True):

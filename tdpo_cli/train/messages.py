@@ -73,9 +73,9 @@ def drift_line(rows: Sequence[dict[str, Any]], preset: Preset) -> str | None:
     if now <= limit or any(drift > limit for drift in before):
         return None
     return (
-        f"epoch {rows[-1]['epoch']}: before the first optimizer step the ratio of new and old probability should be 1, and its logarithm is up to "
-        f"{significant(now, 2)} (ratio_drift; at most {significant(limit, 2)} is rounding). Usual causes: update.guidance is false while the rollout is "
-        "guided; the network computes in half precision (model.dtype) and in batches of another size; run.compile; dropout in the network."
+        f"epoch {rows[-1]['epoch']}: before the first optimizer step the ratio of new and old probability should be 1, and its logarithm is "
+        f"up to {significant(now, 2)} (ratio_drift; at most {significant(limit, 2)} is rounding). Usual causes: update.guidance is false while the "
+        "rollout is guided; the network computes in half precision (model.dtype) and in batches of another size; run.compile; dropout in the network."
     )
 
 

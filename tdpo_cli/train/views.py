@@ -112,9 +112,9 @@ def rgb(policy: Policy, preset: Preset, prompts: Sequence[str], plan: Plan) -> R
     texts, rows = encode(policy, randomness.prompts(0, range(FITTED), prompts))
     latents, images, guidance = [], [], preset.rollout.guidance_scale
     for ids in torch.arange(FITTED).split(plan.sample_batch):
-        x_0 = send(randomness.initial_latents(0, ids, shape), policy.device)
+        x_T = send(randomness.initial_latents(0, ids, shape), policy.device)
         noise = lambda k, ids=ids: randomness.step_noise(0, k, ids, shape)
-        for *_, x_0 in denoise(policy, texts, rows[ids.to(rows.device)], x_0, noise, guidance):  # noqa: B007 - the last one counts
+        for *_, x_0 in denoise(policy, texts, rows[ids.to(rows.device)], x_T, noise, guidance):  # noqa: B007 - the last one counts
             pass
         latents.append(x_0)
         images += [policy.decode(part) for part in x_0.split(plan.decode_chunk)]

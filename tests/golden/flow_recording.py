@@ -40,6 +40,7 @@ class FlowTrace:
         self.trained: int = self.config["num_train_timesteps"]
         self.clip_range: float = self.config["train"]["clip_range"]
         self.beta: float = self.config["train"]["beta"]
+        self.grouped: bool = self.config["sample"]["num_image_per_prompt"] > 1
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
@@ -58,12 +59,16 @@ class FlowTrace:
         return len(self.meta["E"]["updates"])
 
     def preset(self) -> Preset:
-        """The optimizer's settings in our words."""
+        """The settings of advantages and optimizer in our words."""
         train = self.config["train"]
         return presets.from_dict(
             {
                 "model": {"base": str(self.folder / "model"), "lora_rank": self.config["lora"]["r"], "dtype": "fp32"},
-                "algorithm": {"name": "ddpo"},
+                "algorithm": {
+                    "name": "grpo",
+                    "advantage_std": "epoch" if self.config["sample"]["global_std"] and self.grouped else "group",
+                    "advantage_clip": train["adv_clip_max"],
+                },
                 "update": {
                     "learning_rate": train["learning_rate"],
                     "adam_beta1": train["adam_beta1"],

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from flow_recording import DYNAMICS, FlowTrace
 from torch import Tensor
 
+from tdpo_cli.algorithms.grpo import GRPO, group_advantages
 from tdpo_cli.models.samplers.flow import Flow
-from tdpo_cli.train.losses import policy_loss
+from tdpo_cli.train.average import Average
+from tdpo_cli.train.losses import policy_loss, reference_kl
 from tdpo_cli.train.state import make_optimizers
 from tdpo_cli.types import Conditioning, Transition
 
@@ -22,10 +25,10 @@ FORMULA = 2e-6  # formulas fed with recorded inputs
 LAST_LOG_PROB = 1e-5  # the log-probability of the last step, whose std is a hundred times smaller than the others'
 TEXT = 1e-5  # prompt embeddings, in units of their own magnitude where that is above 1
 REPLAY = 5e-5  # through the networks
+FLOAT64 = 1e-12  # of numbers that both compute in float64
 GRADIENT = 4e-4  # of its largest entry: 1.5e-4 was measured in another program
 # no recorded ratio is this close to an edge of the clip range, so no decision flips by rounding
-GRPO = "group advantages are not in the product yet"
-EMA = "a moving average of the weights is not in the product yet"
+EMA_DECAY = 0.9  # of every recording, as its README says; trace.json does not repeat it
 NOT_OURS = "an option of the reference that the product does not have"
 
 
@@ -70,6 +73,8 @@ class FlowReplay:
         self.schedule()
         self.base_model()
         self.optimizer_alone()
+        self.advantages_alone()
+        self.average_alone()
         self.training()
 
     def compare(self, name: str, ours: Tensor, tolerance: float, **options: bool) -> None:
@@ -82,11 +87,7 @@ class FlowReplay:
         reasons = {}
         for name in set(self.trace.tensors) - self.inputs - {c.name for c in self.comparisons}:
             first, last = name.split("/")[0], name.split("/")[-1]
-            if last in ("ema", "ema_weights", "ema_shadow"):
-                reasons[name] = EMA
-            elif first == "D" or "/D/" in name:
-                reasons[name] = GRPO
-            elif first == "same_latent":
+            if first == "same_latent" or first == "D" and last in ("rwr", "sft", "dpo"):
                 reasons[name] = NOT_OURS
         return reasons
 
@@ -268,27 +269,73 @@ class FlowReplay:
             state = {name: optimizer.state[parameter][moment] for name, parameter in self.policy.trainable.items()}
             self.compare(f"final/{moment}", self.trace.flat(state), tolerance, relative=True)
 
+    # --- D: advantages, the moving average alone ----------------------------------------------------------------------------
+    def advantages_alone(self) -> None:
+        """Column by column, as the reference does with several rewards."""
+        trace, names = self.trace, ("rewards", "prompt_index", "rewards_1d", "prompt_index_1d")
+        self.inputs |= {f"D/{name}" for name in names} & set(trace.tensors)
+        for name, std in (("grpo_prompt_std", "group"), ("grpo_global_std", "epoch")):
+            if f"D/{name}" in trace:
+                keys = [str(i) for i in trace["D/prompt_index"].tolist()]
+                self.compare(f"D/{name}", torch.stack([group_advantages(keys, r, std) for r in trace["D/rewards"].unbind(1)], 1), FLOAT64)
+
+    def average_alone(self) -> None:
+        if "D/ema_weights" not in self.trace:
+            return
+        self.inputs.add("D/ema_weights")
+        given = self.trace["D/ema_weights"]
+        weight = given[0].clone()
+        average = Average([weight], EMA_DECAY, self.trace.meta["D"]["ema_interval"])
+        ours = [average.values[0].clone()]
+        for changed in given[1:]:
+            weight.copy_(changed)
+            average.update()
+            ours.append(average.values[0].clone())
+        self.compare("D/ema_shadow", torch.stack(ours), FORMULA)
+
+    def credit(self, epoch: int) -> None:
+        """Advantages of the epoch's recorded rewards, before and after clipping: [N], [N,J] in `self.advantages`."""
+        trace, p = self.trace, f"e{epoch}/D/"
+        self.inputs.add(p + "rewards")
+        prompts = trace.meta["E"]["epochs"][epoch]["prompts"]
+        # the reference has no groups of one image: there all samples are one
+        keys = [self.policy.normal_form(prompt) for prompt in prompts] if trace.grouped else [""] * len(prompts)
+        samples = SimpleNamespace(prompt_keys=keys, log_probs=torch.zeros(len(keys), trace.trained), ref_log_probs=None)
+        credit = GRPO(self.preset).credit(samples, trace[p + "rewards"])
+        self.compare(p + "advantages", credit.returns[:, 0], FLOAT64 if trace.grouped else FORMULA)
+        self.advantages = credit.advantages
+
     def training(self) -> None:
         """The whole run. After every optimizer step the recorded weights take the place of ours."""
         trace = self.trace
         self.optimizer = make_optimizers(self.policy, None, self.preset).policy
         self.backwards = self.update = 0
+        if "final/ema" in trace:
+            self.average = Average(list(self.policy.trainable.values()), EMA_DECAY, trace.meta["D"]["ema_interval"])
+            self.average_steps = iter(trace.meta["E"]["ema_step_arguments"])
         for epoch, inner in trace.inner_epochs():
             if inner == 0:
                 self.rollouts(epoch)
+                self.credit(epoch)
                 self.inputs.add(f"e{epoch}/E/mask")
             self.inner_epoch(epoch, inner)
         self.moments(self.optimizer, GRADIENT)
+        if "final/ema" in trace:
+            self.compare("final/ema", self.averaged(), REPLAY)
 
     def inner_epoch(self, epoch: int, inner: int) -> None:
         p, trace = f"e{epoch}/i{inner}/E/", self.trace
-        self.inputs |= {p + "perm", p + "sample_index", p + "advantages"}
+        self.inputs |= {p + "perm", p + "sample_index"}
         micro_batches = trace[p + "sample_index"].reshape(len(trace[p + "log_prob"]), -1)
         noted: dict[str, list[Tensor]] = {}
         for i, samples in enumerate(micro_batches):
             for j in range(trace.trained):
                 for name, value in self.pairs(epoch, samples, j, trace[p + "advantages"][i, j]).items():
                     noted.setdefault(name, []).append(value)
+            if "final/ema" in trace:
+                # after every micro-batch, several of which may meet the same optimizer step: the reference applies it each time
+                self.average.apply(next(self.average_steps))
+        self.compare(p + "advantages", self.advantages[micro_batches].transpose(1, 2), FLOAT64 if trace.grouped else FORMULA)
         shape = (len(micro_batches), trace.trained)
         columns = {name: torch.stack(values).unflatten(0, shape) for name, values in noted.items()}
         for name in ("model_output", "mean_shift", "log_prob", "ratio", "policy_loss", "kl_loss", "loss"):
@@ -303,8 +350,8 @@ class FlowReplay:
         if p + "mean_shift" in trace:
             shift = trace[p + "mean_shift"]
             flat = shift.flatten(0, 2)
-            std = self.sampler.diffusion[: trace.trained].view(1, -1, 1).expand(shift.shape[:3]).reshape(-1, *[1] * (flat.ndim - 1))
-            kl = Transition(flat, std, flat).kl(Transition(torch.zeros_like(flat), std, flat))
+            diffusion = self.sampler.diffusion[: trace.trained].view(1, -1, 1).expand(shift.shape[:3]).reshape(-1)
+            kl = reference_kl("flow-grpo", *(Transition(mean, diffusion, mean) for mean in (flat, torch.zeros_like(flat))), diffusion)
             self.compare(p + "kl_loss", kl.view(shift.shape[:3]).mean(-1), FORMULA)
 
     def pairs(self, epoch: int, samples: Tensor, j: int, advantages: Tensor) -> dict[str, Tensor]:
@@ -322,8 +369,7 @@ class FlowReplay:
         if trace.beta > 0:
             with torch.no_grad():
                 reference = policy.transition(*inputs, reference=True)
-            # the reference's KL divides by 2 s^2, the Gaussians' by 2 std^2
-            kl = (transition.kl(reference) * (policy.sampler.std[j] / policy.sampler.diffusion[j]) ** 2).mean()
+            kl = reference_kl("flow-grpo", transition, reference, policy.sampler.diffusion[k]).mean()
             noted |= {"mean_shift": self.pack(transition.mean - reference.mean), "kl_loss": kl}
             loss = loss + trace.beta * kl
         noted["loss"] = loss
@@ -332,6 +378,10 @@ class FlowReplay:
         if self.backwards % trace.config["accelerate_gradient_accumulation_steps"] == 0:
             self.optimizer_step()
         return {name: value.detach() for name, value in noted.items()}
+
+    def averaged(self) -> Tensor:
+        with self.average.in_place():
+            return self.trace.flat(self.policy.trainable)
 
     def optimizer_step(self) -> None:
         u, trace, trainable = f"u{self.update}/", self.trace, self.policy.trainable

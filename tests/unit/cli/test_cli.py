@@ -139,7 +139,7 @@ def test_a_preset_file_may_lie_anywhere(elsewhere):
         (["train", "--set", "run.epoch=1"], "--set: unknown key run.epoch. Did you mean run.epochs?"),
         (["train", "--set", "run.epochs"], "--set run.epochs: expected section.key=value."),
         (["train", "--epochs", "0"], "--set: run.epochs: 0 is out of range; it must be at least 1"),
-        (["train", "--algorithm", "ppo"], '--set: algorithm.name: "ppo" (a string) is not one of ddpo, tdpo, tdpo-r.'),
+        (["train", "--algorithm", "ppo"], '--set: algorithm.name: "ppo" (a string) is not one of ddpo, grpo, tdpo, tdpo-r.'),
         (["train", "--zoo", "sandbx"], '--set: reward.zoo: "sandbx" (a string) is not one of sandbox. Did you mean sandbox?'),
         (["train", "--checkpoint", "gold"], "--checkpoint gold: expected REWARD=PATH."),
         (["train", "--set", "update.batch_size=7"], "--set: update.batch_size 7 does not divide rollout.samples_per_epoch 48."),

@@ -40,6 +40,7 @@ from tdpo_cli.storage.run_dir import RunDir
 from tdpo_cli.train import epoch as epochs
 from tdpo_cli.train import saving, train
 from tdpo_cli.train.epoch import run_epoch
+from tdpo_cli.train.rollout import Actor
 from tdpo_cli.train.state import build, make_optimizers
 from tdpo_cli.train.update import Observer
 
@@ -56,6 +57,8 @@ SMALL = {
 TWO = {"run.epochs": 2}  # for what only shows once something has been learnt
 SMOOTH = {"update.clip_range": 0.5, "update.clip_range_critic": 0.0}  # at a clip range the last bit decides a whole pair
 KL = TWO | {"algorithm.kl_penalty_coef": 1e4}  # log-probs are means, so a KL is small
+GRPO = {"algorithm.name": "grpo", "rollout.images_per_prompt": 2}
+EMA = {"update.ema_decay": 0.5, "update.ema_every": 1}
 # a flow-matching model with a third text encoder; its images are 32 pixels wide, as gold needs them
 FLOW = {
     "model.base": str(SD3), "model.resolution": 32, "rollout.steps": 4, "algorithm.name": "ddpo",
@@ -73,6 +76,7 @@ CHANGES_THE_RUN = {
     "rollout.eta": ({}, [0.8]),
     "rollout.noise_level": (FLOW, [0.4]),
     "rollout.window": (FLOW, [1, (2, 0, 2), (2, 1, 3)]),
+    "rollout.images_per_prompt": (GRPO, [4]),
     "rollout.negative_prompt": ({}, ["a red circle"]),
     "reward.train": ({}, ["jpeg-incompressibility"]),
     "reward.normalise": ({}, ["global", "none"]),
@@ -80,9 +84,12 @@ CHANGES_THE_RUN = {
     "reward.buffer_size": (TWO, [2]),
     "reward.min_count": (TWO, [4]),
     "reward.clip_range": ({}, [0.1]),
-    "algorithm.name": ({}, ["tdpo", "ddpo"]),
+    "algorithm.name": ({"rollout.images_per_prompt": 2}, ["tdpo", "ddpo", "grpo"]),
     "algorithm.gamma": ({}, [0.5]),
     "algorithm.advantage_norm": ({}, ["per-prompt", "none"]),
+    "algorithm.advantage_std": (GRPO, ["epoch", "none"]),
+    "algorithm.advantage_clip": (GRPO, [0.5]),
+    "algorithm.guard": (GRPO | SMOOTH, [True]),
     "algorithm.critic_coef": ({}, [0.0]),
     "algorithm.critic_dropout": ({}, [False]),
     "algorithm.critic_activation": ({}, ["relu"]),
@@ -111,6 +118,10 @@ CHANGES_THE_RUN = {
     "update.max_grad_norm": ({}, [1e-6]),
     "update.clip_range": ({}, [1e-9]),
     "update.clip_range_critic": ({}, [0.0, 0.01]),
+    "update.kl_coef": ({}, [0.1, 10.0]),
+    "update.kl_kind": (FLOW | {"update.kl_coef": 10.0}, ["gaussian", "flow-grpo"]),
+    "update.ema_decay": ({"update.ema_every": 1}, [0.5, 0.05]),
+    "update.ema_every": (EMA, [2]),
     "update.timestep_fraction": ({}, [0.5]),
     "update.shuffle_samples": ({}, [False]),
     "update.shuffle_timesteps": ({}, [False]),
@@ -262,9 +273,57 @@ def test_all_timesteps_takes_one_step_per_batch():
     assert run_with({"algorithm.name": "ddpo", "algorithm.update_mode": "all-timesteps"})["rows"][0]["updates"] == 2
 
 
-def test_all_timesteps_with_a_critic_is_refused():
-    with pytest.raises(presets.SettingError, match="all-timesteps is DDPO's"):
-        settings_of({"algorithm.update_mode": "all-timesteps"})
+def test_groups_hold_one_prompt_each_and_their_prompts_differ():
+    job = start(GRPO)
+    draws = [Actor(job.policy, None, None, job.randomness, job.preset, job.plan).draw(epoch, job.prompts).prompts for epoch in range(8)]
+    assert all(prompts[0] == prompts[1] != prompts[2] == prompts[3] for prompts in draws)
+    assert len(set(draws)) == 2  # both orders of the two prompts
+
+
+def test_more_groups_than_distinct_prompts_are_refused(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red circle\nA  RED circle\n")  # which the text encoder reads alike
+    with pytest.raises(RequestError, match="4 in groups of 2 .* needs 2 distinct prompts an epoch; .* has 1"):
+        start(GRPO | {"rollout.prompts": str(file)})
+
+
+def test_without_a_kl_coefficient_there_is_no_reference_pass(monkeypatch):
+    real, references = Policy.transition, []
+    monkeypatch.setattr(
+        Policy, "transition", lambda self, *args, reference=False: references.append(reference) or real(self, *args, reference=reference)
+    )
+    for coefficient in (0.0, 0.1):
+        references.clear()
+        row = run_epoch(start({"update.kl_coef": coefficient}), 0, Console(quiet=True))
+        assert any(references) == (coefficient > 0)
+        assert (row["kl_loss"] is None) == (coefficient == 0)
+
+
+def test_the_checkpoint_holds_the_average_and_the_state_the_weights(tmp_path):
+    job = start(EMA)
+    run_epoch(job, 0, Console(quiet=True))
+    raw, average = job.state_dict()["policy"], job.optimizers.average
+    with job.optimizers.averaged():
+        job.policy.save(tmp_path)
+        held = job.policy.state_dict()
+    assert same(list(held.values()), average.values) and not same(held, raw)
+    assert same(job.policy.state_dict(), raw)
+    saved = {
+        name.replace("unet.", "").replace(".lora", "").replace(".weight", ""): value for name, value in load_file(tmp_path / lora_file.FILE).items()
+    }
+    assert len(saved) == len(held) and same(sorted(v.sum().item() for v in saved.values()), sorted(v.sum().item() for v in held.values()))
+
+
+def test_a_moving_average_goes_on_exactly_after_a_resume(tmp_path):
+    straight, cut = start(EMA), start(EMA)
+    for epoch in range(2):
+        run_epoch(straight, epoch, Console(quiet=True))
+    run_epoch(cut, 0, Console(quiet=True))
+    torch.save(cut.state_dict(), tmp_path / "state.pt")
+    resumed = start(EMA)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    run_epoch(resumed, 1, Console(quiet=True))
+    assert same(straight.state_dict(), resumed.state_dict())
 
 
 def test_only_tdpo_r_resets():

@@ -92,7 +92,7 @@ def test_defaults_are_the_published_numbers():
         ("reward.checkpoints.gold", 3, '--set: reward.checkpoints: expected a table of strings, got {"gold": 3} (a table).'),
         ("update.learning_rate", float("nan"), "--set: update.learning_rate: nan is not a finite number."),
         ("algorithm.kl_target", float("inf"), "--set: algorithm.kl_target: inf is not a finite number."),
-        ("algorithm.name", "tpdo", '--set: algorithm.name: "tpdo" (a string) is not one of ddpo, tdpo, tdpo-r. Did you mean tdpo?'),
+        ("algorithm.name", "tpdo", '--set: algorithm.name: "tpdo" (a string) is not one of ddpo, grpo, tdpo, tdpo-r. Did you mean tdpo?'),
         ("algorithm.kl_penalty", "KL", '--set: algorithm.kl_penalty: "KL" (a string) is not one of kl, abs, square, clip, approx, js.'),
         ("run.epochs.x", 1, "--set: unknown key run.epochs.x. Did you mean run.epochs?"),
     ],
@@ -142,7 +142,8 @@ def test_a_batch_that_does_not_divide_names_the_nearest_that_do():
     "overrides, part",
     [
         ([("update.timestep_fraction", 0.01)], "is no step at all. Use at least 0.02"),
-        ([("algorithm.update_mode", "all-timesteps")], "all-timesteps is DDPO's"),
+        ([("algorithm.name", "grpo"), ("rollout.images_per_prompt", 7)], "rollout.images_per_prompt 7 does not divide rollout.samples_per_epoch 256"),
+        ([("algorithm.name", "grpo"), ("rollout.samples_per_epoch", 260), ("update.batch_size", 130)], "rollout.images_per_prompt 8 does not divide"),
         ([("reward.buffer_size", 8)], "reward.min_count 16 is never reached with reward.buffer_size 8"),
         ([("reward.watch", ["gold", "aesthetic"])], "'aesthetic' is named twice"),
     ],
@@ -258,14 +259,60 @@ def test_batch_arithmetic(settings, trained_steps, updates):
 
 @pytest.mark.parametrize(
     "settings, needed",
-    [({}, False), ({"algorithm__reference": True}, True), ({"algorithm__kl_penalty_coef": 0.1}, True), ({"algorithm__kl_target": 6}, True)],
+    [
+        ({}, False),
+        ({"algorithm__reference": True}, True),
+        ({"algorithm__kl_penalty_coef": 0.1}, True),
+        ({"algorithm__kl_target": 6}, True),
+        ({"update__kl_coef": 0.1}, True),
+    ],
 )
 def test_when_a_reference_is_needed(settings, needed):
     assert make_preset(**settings).needs_reference is needed
 
 
-def test_only_ddpo_has_no_critic():
-    assert [make_preset(algorithm__name=name).has_critic for name in ("ddpo", "tdpo", "tdpo-r")] == [False, True, True]
+def test_a_kl_term_in_the_loss_scores_nothing_in_the_rollout():
+    assert not make_preset(update__kl_coef=0.1).scores_reference
+
+
+def test_ddpo_and_grpo_have_no_critic():
+    assert [make_preset(algorithm__name=name).has_critic for name in ("ddpo", "grpo", "tdpo", "tdpo-r")] == [False, False, True, True]
+
+
+# --- settings of other algorithms -----------------------------------------------------------------------------------------
+def test_every_key_of_the_table_exists():
+    assert presets.ACTS_ON.keys() <= {key for key, _, _, _ in presets.describe()}
+
+
+def test_settings_of_the_file_that_the_algorithm_does_not_read_are_named():
+    assert presets.without_effect(presets.load("quickstart")) == []
+    other = presets.load("quickstart", [("algorithm.name", "grpo")])
+    assert presets.without_effect(other) == ["algorithm.critic_init_std", "update.critic_learning_rate"]
+    assert other.algorithm.critic_init_std == 0.11  # kept, so that a third algorithm finds it in preset.json
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "key", "value", "acts_on"),
+    [
+        ("tdpo-r", "algorithm.update_mode", "all-timesteps", "ddpo, grpo"),
+        ("tdpo-r", "rollout.images_per_prompt", 4, "grpo"),
+        ("ddpo", "algorithm.guard", True, "grpo"),
+        ("grpo", "reward.normalise", "global", "ddpo, tdpo, tdpo-r"),
+        ("ddpo", "update.critic_learning_rate", 1e-2, "tdpo, tdpo-r"),
+        ("tdpo", "algorithm.reset_every", 5, "tdpo-r"),
+    ],
+)
+def test_a_setting_of_another_algorithm_is_refused_on_the_command_line(algorithm, key, value, acts_on):
+    with pytest.raises(presets.SettingError) as error:
+        presets.load("quickstart", [("algorithm.name", algorithm), (key, value)])
+    assert str(error.value) == f"--set: {key} acts on {acts_on} and not on {algorithm}. Leave it out."
+    default = next(default for known, _, default, _ in presets.describe() if known == key)
+    presets.load("quickstart", [("algorithm.name", algorithm), (key, default)])
+
+
+def test_groups_belong_to_grpo():
+    assert [make_preset(algorithm__name=name).group_size for name in ("ddpo", "grpo", "tdpo")] == [None, 8, None]
+    assert make_preset(algorithm__name="grpo", rollout__images_per_prompt=4).group_size == 4
 
 
 def test_the_training_reward_comes_first():

@@ -32,6 +32,7 @@ PUBLISHED = {
     "rollout.dynamics": None,  # of flow-matching models, as the two below
     "rollout.noise_level": None,
     "rollout.window": None,
+    "rollout.images_per_prompt": None,  # of GRPO, as the three of the algorithm below
     "rollout.negative_prompt": "",
     "reward.zoo": None,
     "reward.checkpoints": {},
@@ -43,6 +44,9 @@ PUBLISHED = {
     "algorithm.name": "tdpo-r",
     "algorithm.gamma": 1.0,
     "algorithm.advantage_norm": "global",
+    "algorithm.advantage_std": "group",
+    "algorithm.advantage_clip": 5.0,
+    "algorithm.guard": False,
     "algorithm.critic_coef": 1.0,
     "algorithm.critic_dropout": True,
     "algorithm.critic_activation": "none",
@@ -58,6 +62,10 @@ PUBLISHED = {
     "algorithm.kl_penalty_coef": 0.0,
     "algorithm.init_kl_coef": 0.2,
     "algorithm.kl_target": None,
+    "update.kl_coef": 0.0,  # neither a KL term in the loss nor a moving average
+    "update.kl_kind": "prediction",
+    "update.ema_decay": 0.0,
+    "update.ema_every": 8,
     "algorithm.kl_horizon": 2000,
     "algorithm.update_mode": "per-timestep",
     "update.batch_size": 8 * 1 * 16,  # GPUs x batch x accumulation

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from tdpo_cli.train.losses import approx_kl, critic_loss, policy_loss, total_loss
+from tdpo_cli.train.losses import approx_kl, critic_loss, guarded_log_ratio, policy_loss, reference_kl, total_loss
+from tdpo_cli.types import Transition
 
 # ratio, advantage, clip range -> loss, clipped: -min(A r, A clip(r)) by hand
 POLICY_TABLE = [
@@ -57,3 +58,34 @@ def test_approx_kl_by_hand():
 def test_total_loss_weighs_the_critic():
     assert total_loss(torch.tensor(2.0), torch.tensor(3.0), 0.5).item() == 3.5
     assert total_loss(torch.tensor(2.0), None, 0.5).item() == 2.0
+
+
+# --- the KL term, the guarded ratio ---------------------------------------------------------------------------------------
+def step(mean, prediction, std=0.5):
+    return Transition(torch.tensor([mean]), torch.full((1, 1), std), torch.zeros(1, 2), torch.tensor([prediction]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("prediction", (3**2 + 1**2) / 2),
+        ("gaussian", (1**2 + 2**2) / 2 / (2 * 0.5**2)),
+        ("flow-grpo", (1**2 + 2**2) / 2 / (2 * 0.8**2)),
+    ],
+)
+def test_kl_term_by_hand(kind, expected):
+    ours, reference = step([1.0, 2.0], [3.0, 0.0]), step([0.0, 0.0], [0.0, 1.0])
+    assert reference_kl(kind, ours, reference, torch.tensor([0.8])).tolist() == pytest.approx([expected])
+    assert reference_kl(kind, ours, ours, torch.tensor([0.8])).item() == 0
+
+
+def test_guarded_ratio_is_the_published_formula():
+    """std (log p - log p_old) + mean(d^2) / (2 std), on numbers of a usual step."""
+    draw = torch.Generator().manual_seed(0)
+    old, moved, noise = (torch.randn(4, 3, 2, 2, generator=draw, dtype=torch.float64) for _ in range(3))
+    std = torch.tensor([0.1, 0.3, 0.7, 1.0], dtype=torch.float64).view(4, 1, 1, 1)
+    before, now = Transition(old, std, old), Transition(old + 1e-2 * moved, std, old)
+    x_next = before.sample(noise)
+    published = std.flatten() * (now.log_prob(x_next) - before.log_prob(x_next)) + (1e-2 * moved).square().flatten(1).mean(1) / (2 * std.flatten())
+    assert torch.allclose(guarded_log_ratio(now, x_next, noise), published, rtol=1e-10, atol=0)
+    assert guarded_log_ratio(before, x_next, noise).abs().max() < 1e-15

@@ -14,7 +14,8 @@ from tdpo_cli.machine.memory import Plan
 from tdpo_cli.machine.world import World
 from tdpo_cli.randomness import Randomness, unshuffled
 from tdpo_cli.train.losses import approx_kl, critic_loss, policy_loss
-from tdpo_cli.train.metrics import summarise
+from tdpo_cli.train.messages import drift_line
+from tdpo_cli.train.metrics import per_step, summarise
 from tdpo_cli.train.state import make_optimizers
 from tdpo_cli.train.update import Learner, Observer
 from tdpo_cli.types import Credit
@@ -266,3 +267,48 @@ def test_both_optimizers_read_their_own_learning_rate():
     groups = setup.optimizers.policy.param_groups + setup.optimizers.critic.param_groups
     assert [group["lr"] for group in groups] == [0.25, 0.5]
     assert {(group["betas"], group["weight_decay"], group["eps"]) for group in groups} == {((0.8, 0.999), 1e-4, 1e-8)}
+
+
+# --- the KL term ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("algorithm", ["ddpo", "grpo", "tdpo", "tdpo-r"])
+@pytest.mark.parametrize(("kind", "factor"), [("prediction", 4.0), ("gaussian", 1 / (2 * 0.5**2))])  # its prediction is twice its mean
+def test_a_kl_coefficient_changes_the_gradient_by_its_own_gradient(algorithm, kind, factor):
+    def first_gradient(coefficient):
+        setup, seen = Setup(algorithm__name=algorithm, update__kl_coef=coefficient, update__kl_kind=kind, rollout__images_per_prompt=2), []
+
+        class Watch(Observer):
+            def gradients(self, index):
+                seen.append(setup.policy.bias.grad.item())
+
+        with torch.no_grad():
+            setup.policy.bias += 0.2  # no longer the reference
+        steps = setup.run(Watch())
+        return seen[0], setup, steps[0]
+
+    plain, setup, without = first_gradient(0.0)
+    with_kl, _, step = first_gradient(0.7)
+    # the means differ by 0.2 m with m the mean of the sample's text: d/dbias of factor (0.2 m)^2 is factor 2 0.2 m^2
+    m = setup.everyone.texts.parts["embeds"].mean(dim=(1, 2))[:3].double()
+    assert with_kl - plain == pytest.approx(0.7 * factor * 2 * 0.2 * (m**2).mean().item(), rel=1e-3)
+    assert step.policy.kl.double().tolist() == pytest.approx((factor * (0.2 * m) ** 2).tolist(), rel=1e-4)
+    assert not without.policy.kl.any()
+
+
+def test_statistics_per_step_are_of_that_step():
+    steps = Setup(algorithm__name="ddpo").run()
+    row = per_step(steps, 4, World())
+    for k in range(3):
+        ratios = torch.cat([step.policy.ratios[step.batch.step_index[step.batch.own] == k] for step in steps]).double()
+        clipped = torch.cat([step.policy.clipped[step.batch.step_index[step.batch.own] == k] for step in steps]).double()
+        assert row["steps/ratio_mean"][k] == pytest.approx(ratios.mean().item(), rel=1e-12)
+        assert row["steps/ratio_std"][k] == pytest.approx(ratios.std(correction=0).item(), rel=1e-9)
+        assert row["steps/clip_fraction"][k] == clipped.mean().item()
+    assert [values[3] for values in row.values()] == [None] * 3  # no pair was of it
+
+
+def test_ratio_drift_is_named_once():
+    rows = [{"epoch": epoch, "ratio_drift": drift} for epoch, drift in enumerate([1e-5, 3e-5, 4e-5])]
+    said = [drift_line(rows[: n + 1], make_preset(update__clip_range=1e-4)) for n in range(3)]
+    assert [line is not None for line in said] == [False, True, False]
+    assert "3e-05" in said[1] and "2e-05" in said[1] and "update.guidance" in said[1]
+    assert drift_line(rows, make_preset(update__clip_range=1e-2)) is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
 import hashlib
 import json
@@ -67,8 +66,10 @@ def main() -> None:
 
     seen = install()
     file = Path(os.environ["SPY_FOLDER"], f"{os.environ.get('RANK', 0)}.json")
-    atexit.register(lambda: file.write_text(json.dumps(seen)))
-    cli.main()
+    try:
+        cli.main()
+    finally:
+        file.write_text(json.dumps(seen))
 
 
 def _counted(function: Callable, name: str, counts: dict[str, int]) -> Callable:

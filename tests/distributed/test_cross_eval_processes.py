@@ -1,9 +1,6 @@
 """A cross-evaluation does not depend on how many processes made it."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import tiny
@@ -16,7 +13,7 @@ CHANGES = {
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_evaluation_of_one(tmp_path):
+def test_two_processes_write_the_evaluation_of_one(nursery, tmp_path):
     run = tmp_path / "run"
     assert tdpo("train", "--preset", tiny.preset(tmp_path, **CHANGES), "--out", run).status == 0
     # eight prompts, one at once: 24 parts, of which the second process starts in the middle of a model
@@ -24,8 +21,7 @@ def test_two_processes_write_the_evaluation_of_one(tmp_path):
     one, two = (tmp_path / folder / "evaluation" for folder in ("one", "two"))
     alone = tdpo(*settings, "--out", one)
     assert alone.status == 0, alone.err
-    command = [sys.executable, "-m", "tdpo_cli", *settings, "--out", two, "--processes", "2", "--json"]
-    together = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    together = nursery.tdpo(*settings, "--out", two, "--processes", "2", "--json", worker="worker.py")
     assert together.returncode == 0, together.stderr
     assert json.loads(together.stdout)["models"] == ["base", "run/epoch_0000", "run/epoch_0001"]
     names = sorted(str(path.relative_to(one)) for path in one.rglob("*") if path.is_file())

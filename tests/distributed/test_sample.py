@@ -1,22 +1,15 @@
 """Samples do not depend on how many processes made them."""
 
-import os
-import subprocess
-import sys
-
-import pytest
 from helpers import tdpo
 
 PROMPTS = ("a red circle on a blue background", "a cyan ring on a black background")
 
 
-@pytest.mark.slow
-def test_two_processes_write_the_samples_of_one(tmp_path):
+def test_two_processes_write_the_samples_of_one(nursery, tmp_path):
     settings = ("--steps", "3", "--per-prompt", "3", "--seed", "5")
     alone = tdpo("sample", "base", *PROMPTS, *settings, "--out", str(tmp_path / "one"))
     assert alone.status == 0
-    command = [sys.executable, "-m", "tdpo_cli", "sample", "base", *PROMPTS, *settings, "--out", str(tmp_path / "two"), "--processes", "2"]
-    together = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    together = nursery.tdpo("sample", "base", *PROMPTS, *settings, "--out", tmp_path / "two", "--processes", "2", worker="worker.py")
     assert together.returncode == 0, together.stderr
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert files == sorted(path.name for path in (tmp_path / "two").iterdir())

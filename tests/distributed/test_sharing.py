@@ -1,10 +1,6 @@
 """Facts about samples of several processes: small columns are everyone's, latents stay where they are trained on."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import inner_epochs
 import pytest
@@ -18,25 +14,20 @@ from tdpo_cli.train.update import own_pairs
 ALL_TIMESTEPS = {"algorithm__name": "ddpo", "algorithm__update_mode": "all-timesteps"}
 
 
-def workers(folder, size, settings):
+def workers(nursery, folder, size, settings):
     """Train in several processes. -> what each noted"""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, inner_epochs.__file__, str(folder)]
-    started = [subprocess.Popen([*command, str(rank), str(size), json.dumps(settings)], env=environment) for rank in range(size)]
-    assert [process.wait(timeout=240) for process in started] == [0] * size
+    programs = [[inner_epochs.__file__, folder, rank, size, json.dumps(settings)] for rank in range(size)]
+    for done in nursery.run(*programs):
+        assert done.returncode == 0, done.stderr
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
-
-
-MORE = [("two", 2, {}), ("all timesteps", 2, ALL_TIMESTEPS), ("four", 4, ALL_TIMESTEPS)]
 
 
 # batches of 4 of 12 samples, 2 inner epochs
 @pytest.mark.parametrize(
-    "size, settings",
-    [pytest.param(3, {}, id="three, uneven"), *(pytest.param(size, settings, marks=pytest.mark.slow, id=name) for name, size, settings in MORE)],
+    "size, settings", [(2, {}), (3, {}), (2, ALL_TIMESTEPS), (4, ALL_TIMESTEPS)], ids=["two", "three, uneven", "all timesteps", "four"]
 )
-def test_several_processes_train_as_one(tmp_path, size, settings):
-    alone, several = inner_epochs.train(World(), settings), workers(tmp_path, size, settings)
+def test_several_processes_train_as_one(nursery, tmp_path, size, settings):
+    alone, several = inner_epochs.train(World(), settings), workers(nursery, tmp_path, size, settings)
     expected = torch.tensor(alone["weights"])
     untrained = torch.tensor(
         inner_epochs.train(World(), settings | {"update__learning_rate": 1e-12, "update__critic_learning_rate": 1e-12})["weights"]

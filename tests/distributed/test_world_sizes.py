@@ -1,10 +1,6 @@
 """Facts about runs shared by several processes: the same run, whoever does the work."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import spy
@@ -22,7 +18,7 @@ dtype = "fp32"
 [rollout]
 prompts = "sandbox"
 samples_per_epoch = 16
-steps = 10                  # as in the quickstart: sampling in very few amplifies rounding
+steps = 6                   # sampling in very few amplifies rounding
 guidance_scale = 3.0
 
 [reward]
@@ -48,9 +44,8 @@ epochs = 3
 seed = 1
 preview_images = 1
 """
-OPTIMIZER_STEPS = 20  # an epoch: 10 steps x 2 batches
+OPTIMIZER_STEPS = 12  # an epoch: 6 steps x 2 batches
 A_HANDFUL = 8
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +55,11 @@ def place(tmp_path_factory):
     return folder
 
 
-def workers(place, name, *arguments):
+def workers(nursery, place, name, *arguments):
     """`tdpo train` into place/NAME in a process of its own, whose workers are spied on. -> what each of them saw"""
     (place / f"{name}-seen").mkdir()
-    start = f"import sys; from tdpo_cli import cli; from tdpo_cli.machine import launch; launch.PROGRAM = ({str(HERE / 'spy.py')!r},); cli.main()"
-    command = [sys.executable, "-c", start, "train", "--preset", place / "tiny.toml", "--out", place / name, "--json", *arguments]
-    environment = {**os.environ, "SPY_FOLDER": str(place / f"{name}-seen"), "PYTHONPATH": str(HERE.parent.parent)}
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment, timeout=300)
+    arguments = ("train", "--preset", place / "tiny.toml", "--out", place / name, "--json", *arguments)
+    done = nursery.tdpo(*arguments, SPY_FOLDER=str(place / f"{name}-seen"))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["run"] == str(place / name), "one JSON object, from the main process alone"
     return [json.loads(file.read_text()) for file in sorted((place / f"{name}-seen").iterdir())]
@@ -83,9 +76,9 @@ def alone(place):
 
 
 @pytest.fixture(scope="module")
-def two(place):
+def two(nursery, place):
     """Two epochs in two processes, with a micro-batch that divides nothing."""
-    return workers(place, "two", "--processes", 2, "--epochs", 2, "--set", "run.micro_batch=3")
+    return workers(nursery, place, "two", "--processes", 2, "--epochs", 2, "--set", "run.micro_batch=3")
 
 
 @pytest.fixture(scope="module")
@@ -158,8 +151,8 @@ def test_only_the_main_process_writes_and_the_log_has_each_line_once(two, place)
 
 
 @pytest.mark.slow
-def test_four_processes_agree_too(alone, place):
-    seen = workers(place, "four", "--processes", 4, "--set", "run.micro_batch=1")
+def test_four_processes_agree_too(alone, nursery, place):
+    seen = workers(nursery, place, "four", "--processes", 4, "--set", "run.micro_batch=1")
     for ours, theirs in zip(rows(place / "alone"), rows(place / "four"), strict=True):
         assert_same(ours, theirs, place)
     assert len({worker["epochs"][-1]["weights"] for worker in seen}) == 1

@@ -52,7 +52,10 @@ def test_the_benchmark_has_the_contracts_fields_and_its_gate_holds(bench):
 
 @pytest.mark.parametrize(
     "wrong",
-    [lambda gradient: gradient * 1.01, *(pytest.param(wrong, marks=pytest.mark.slow) for wrong in (lambda gradient: gradient.roll(1), torch.zeros_like))],
+    [
+        lambda gradient: gradient * 1.01,
+        *(pytest.param(wrong, marks=pytest.mark.slow) for wrong in (lambda gradient: gradient.roll(1), torch.zeros_like)),
+    ],
     ids=["1 % too long", "shuffled", "none"],
 )
 def test_a_wrong_gradient_of_the_standin_fails_the_gate_and_nothing_is_timed(bench, wrong):

@@ -274,7 +274,9 @@ def test_memory_that_runs_out_in_the_middle_of_an_epoch_costs_that_epoch_only(mo
         assert_same_run(calm, row, presets.load("calm/preset.json"))
 
 
-@pytest.mark.parametrize("settings, most", [({"run__micro_batch": 2}, 1), pytest.param({}, 0, marks=pytest.mark.slow)], ids=["asked for", "not even one fits"])
+@pytest.mark.parametrize(
+    "settings, most", [({"run__micro_batch": 2}, 1), pytest.param({}, 0, marks=pytest.mark.slow)], ids=["asked for", "not even one fits"]
+)
 def test_out_of_memory_says_what_to_lower(monkeypatch, settings, most):
     short_of_memory(monkeypatch, most, ERRORS[0])
     message = refused(train("--out", "run", **settings), status=1)

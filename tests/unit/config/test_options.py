@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from flow_models import SD3
-from helpers import LinearPolicy, make_trajectory
-from helpers import tiny_vae
+from helpers import LinearPolicy, make_trajectory, tiny_vae
 from safetensors.torch import load_file, save_file
 from tolerances import assert_same_run, bound, log_prob_error
 
@@ -132,6 +131,7 @@ CHANGES_THE_RUN = {
 # what only shows with real networks; all the rest is arithmetic on what they gave
 OF_THE_NETWORKS = {
     "rollout.eta", "rollout.noise_level", "rollout.window", "rollout.negative_prompt", "reward.train", "algorithm.critic_activation",
+    "rollout.images_per_prompt", "update.kl_kind", "update.ema_decay", "update.ema_every",
 }  # fmt: skip
 MATHEMATICS = [key for key in CHANGES_THE_RUN if key not in OF_THE_NETWORKS and not key.startswith("model.")]
 

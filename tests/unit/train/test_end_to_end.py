@@ -36,7 +36,9 @@ CONTRACT_KEYS = {
     "critic_explained_variance", "ratio_drift", "updates", "skipped_steps", "dormant_fraction", "reset", "mean_kl",
     "seconds/rollout", "seconds/score", "seconds/update", "seconds/total", "images_per_second", "peak_memory_bytes",
 }  # fmt: skip
-MORE_KEYS = {"agreement", "overflowed_steps", "dormant_overlap", "dormant_fraction_extra"}  # beyond the contract
+CONTRACT_KEYS |= {"kl_loss", "ema"}  # of version 0.2
+STEPS = {"steps/ratio_mean", "steps/ratio_std", "steps/clip_fraction"}  # lists, an entry per trained step
+MORE_KEYS = {"agreement", "overflowed_steps", "dormant_overlap", "dormant_fraction_extra"} | STEPS  # beyond the contract
 OF_THE_CRITIC = {
     "critic_loss",
     "critic_clip_fraction",
@@ -142,7 +144,8 @@ def test_metrics_count_epochs_queries_and_updates(straight):
 
 def test_what_does_not_apply_is_null_and_nothing_else_is(straight):
     first, second = tiny.rows(straight, timings=True)
-    unused = {"mean_kl", "dormant_fraction_extra", "agreement"}  # no reference, no second threshold, no learned reward watched
+    # no reference, no second threshold, no learned reward watched, no KL term, no moving average
+    unused = {"mean_kl", "dormant_fraction_extra", "agreement", "kl_loss", "ema"}
     assert {key for key, value in first.items() if value is None} == unused | {"dormant_overlap"}  # nothing to overlap with yet
     assert {key for key, value in second.items() if value is None} == unused
 

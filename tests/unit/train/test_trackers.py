@@ -66,7 +66,7 @@ def expected(run):
     curves = {}
     for row in tiny.rows(run, timings=True):
         for name, value in row.items():
-            if value is not None:
+            if value is not None and not isinstance(value, list):  # trackers draw numbers
                 curves.setdefault(name, []).append((row["epoch"], float(np.float32(value))))
     return curves
 

@@ -17,10 +17,10 @@ GROUPS = GROUPS.replace("[run]", "kl_coef = 1.0\nema_decay = 0.5\nema_every = 2\
 
 
 @pytest.mark.slow
-def test_one_process_and_two_agree_with_groups_split_across_them(tmp_path):
+def test_one_process_and_two_agree_with_groups_split_across_them(nursery, tmp_path):
     (tmp_path / "tiny.toml").write_text(GROUPS)
     assert tdpo("train", "--preset", tmp_path / "tiny.toml", "--out", tmp_path / "alone", "--epochs", 2).status == 0
-    two = workers(tmp_path, "two", "--processes", 2, "--epochs", 2, "--set", "run.micro_batch=3")
+    two = workers(nursery, tmp_path, "two", "--processes", 2, "--epochs", 2, "--set", "run.micro_batch=3")
     preset = presets.load(str(tmp_path / "tiny.toml"))
     rows = [json.loads(line) for line in (tmp_path / "alone" / "metrics.jsonl").read_text().splitlines()]
     for epoch, row in enumerate(rows):

@@ -56,6 +56,7 @@ def log_prob_error(steps: int, eta: float = 1.0) -> float:
 def bound(column: str, row: Mapping[str, Any], preset: Preset) -> float:
     """How far another computation's `column` may be from the one in this row of metrics."""
     value, epoch = row[column], row["epoch"]
+    size = 0.0 if value is None or isinstance(value, list) else abs(value)  # lists have a number per step, and bounds of their own
     if column in EXACT:
         return 0.0
     moved = MOVEMENT * PREDICTION * GROWTH**epoch  # this epoch's g
@@ -80,13 +81,13 @@ def bound(column: str, row: Mapping[str, Any], preset: Preset) -> float:
         # one pair at the edge, and those within the error of it
         "policy_clip_fraction": 1 / pairs + log_ratio / max(rms_log_ratio, log_ratio),
         "critic_clip_fraction": 1 / pairs + WORST * before,
-        "policy_grad_norm": moved * abs(value or 0),
-        "critic_grad_norm": moved * abs(value or 0),
+        "policy_grad_norm": moved * size,
+        "critic_grad_norm": moved * size,
         "critic_explained_variance": WORST * before,
         "agreement": WORST * before,
         # of squares of the predictions' movement
-        "kl_loss": 2 * (moved * (value or 0) + PREDICTION * math.sqrt(value or 0)) if column == "kl_loss" else 0,
-        "ema": moved * value if column == "ema" else 0,
+        "kl_loss": 2 * (moved * size + PREDICTION * math.sqrt(size)),
+        "ema": moved * size,
         "steps/ratio_mean": worst_step,
         "steps/ratio_std": worst_step,
         "steps/clip_fraction": preset.trained_steps * (1 / pairs + worst_step / max(rms_log_ratio, worst_step)),

@@ -56,6 +56,7 @@ def log_prob_error(steps: int, eta: float = 1.0) -> float:
 def bound(column: str, row: Mapping[str, Any], preset: Preset) -> float:
     """How far another computation's `column` may be from the one in this row of metrics."""
     value, epoch = row[column], row["epoch"]
+    size = 0.0 if value is None or isinstance(value, list) else abs(value)  # lists have a number per step, and bounds of their own
     if column in EXACT:
         return 0.0
     size = 0.0 if isinstance(value, list) else abs(value or 0)

@@ -222,6 +222,7 @@ def test_blank_lines_of_the_hpsv2_list_are_no_prompts(tmp_path, monkeypatch):
 
 
 # --- the last checkpoint ----------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_the_last_epoch_is_always_a_checkpoint(tmp_path):
     """The official `epoch % save_freq == 0` keeps epoch 0 and may leave out the last."""
     train.run(tiny(run__epochs=3, run__save_every=2), tmp_path, False, Console(quiet=True))

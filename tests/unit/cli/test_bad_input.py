@@ -251,6 +251,7 @@ def test_an_automatic_micro_batch_gets_smaller_until_it_fits(monkeypatch, error)
     assert RunDir(Path("run")).read_environments()[-1]["micro_batch"] == 1
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_in_the_middle_of_an_epoch_costs_that_epoch_only(monkeypatch):
     real, calls = Learner.inner_epoch, []
     smooth = {"update__clip_range": 0.5, "update__clip_range_critic": 0.0}  # at a clip range the last bit decides a whole pair

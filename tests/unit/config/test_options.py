@@ -130,8 +130,8 @@ CHANGES_THE_RUN = {
 
 # what only shows with real networks; all the rest is arithmetic on what they gave
 OF_THE_NETWORKS = {
-    "rollout.eta", "rollout.noise_level", "rollout.window", "rollout.negative_prompt", "reward.train", "algorithm.critic_activation",
-    "rollout.images_per_prompt", "update.kl_kind", "update.ema_decay", "update.ema_every",
+    "rollout.eta", "rollout.noise_level", "rollout.window", "rollout.negative_prompt", "rollout.images_per_prompt", "reward.train",
+    "algorithm.critic_activation", "update.kl_kind", "update.ema_decay", "update.ema_every",
 }  # fmt: skip
 MATHEMATICS = [key for key in CHANGES_THE_RUN if key not in OF_THE_NETWORKS and not key.startswith("model.")]
 
@@ -326,14 +326,17 @@ def test_a_moving_average_goes_on_exactly_after_a_resume(tmp_path):
     assert same(straight.state_dict(), resumed.state_dict())
 
 
+def resets(**changes):
+    """How many neurons each of two epochs reset."""
+    found = small_mathematics(tuple((key.replace("__", "."), value) for key, value in changes.items()))
+    return [found[epoch][1].get("reset", 0) for epoch in (0, 1)]
+
+
 def test_only_tdpo_r_resets():
-    assert [row["reset"] > 0 for row in run_with(TWO | {"algorithm.reset_every": 2})["rows"]] == [False, True]
-    assert run_with({"algorithm.name": "tdpo"})["rows"][-1]["reset"] == 0
-    assert run_with({"algorithm.reset_target": "none"})["rows"][-1]["reset"] == 0
-    assert run_with({"algorithm.reset_target": "all"})["rows"][-1]["reset"] == 1024 + 128 + 64 + 16
-    active, dormant = (
-        run_with({"algorithm.reset_target": target} if target != "active" else {})["rows"][-1]["reset"] for target in ("active", "dormant")
-    )
+    assert [count > 0 for count in resets(algorithm__reset_every=2)] == [False, True]
+    assert resets(algorithm__name="tdpo") == resets(algorithm__name="ddpo") == resets(algorithm__reset_target="none") == [0, 0]
+    assert resets(algorithm__reset_target="all") == [1024 + 128 + 64 + 16] * 2
+    active, dormant = (resets(algorithm__reset_target=target)[0] for target in ("active", "dormant"))
     assert active + dormant == 1024 + 128 + 64 + 16
 
 
@@ -666,7 +669,8 @@ ELSEWHERE = {
 }
 
 
-SLOW = (stopping_early, tracking, memory_limit, compiled, shown_images)  # have smaller siblings in other files, or take a second
+# seconds each; smaller tests of the same are in other files: test_verdict, test_trackers, test_memory, test_flow, test_critic_view
+SLOW = (stopping_early, tracking, memory_limit, compiled, shown_images, dynamics, critic_view, critic_state)
 
 
 @pytest.mark.parametrize(

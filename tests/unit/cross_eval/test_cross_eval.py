@@ -512,6 +512,7 @@ def test_the_terminal_shows_some_of_many_checkpoints_and_always_the_last(capsys)
     assert tables._thinned({"models": many["models"][: tables.ROWS]})["models"] == many["models"][: tables.ROWS]
 
 
+@pytest.mark.slow
 def test_the_picture_of_several_runs_is_larger_and_needs_no_display(tmp_path, monkeypatch):
     monkeypatch.delenv("DISPLAY", raising=False)
     for name, runs in (("one.png", ("one",)), ("two.png", ("one", "two"))):

@@ -82,7 +82,7 @@ def call(network, config, dtype):
         return network(make(2, 4, side, side), torch.zeros(2, device="meta"), encoder_hidden_states=make(2, 77, config["block_out_channels"][0]))
 
 
-QUICK = [("narrow", False, torch.float16), ("narrow", True, torch.float32), ("sd1", True, torch.float16)]
+QUICK = [("narrow", False, torch.float16), ("attention above", True, torch.float32)]
 
 
 @pytest.mark.parametrize(

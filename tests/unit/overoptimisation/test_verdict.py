@@ -165,6 +165,7 @@ def other(images, prompts):
 '''
 
 
+@pytest.mark.slow
 def test_a_run_stops_names_its_best_checkpoint_and_stays_stopped(tmp_path, monkeypatch):
     (tmp_path / "scripted.py").write_text(SCRIPTED)
     run = tmp_path / "run"

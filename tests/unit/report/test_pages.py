@@ -575,6 +575,7 @@ def test_hostile_settings_and_names_stay_text(tmp_path):
     assert [image for image in document.find("img") if image.get("src", "data:")[:5] != "data:"] == []
 
 
+@pytest.mark.slow
 def test_a_report_of_hundreds_of_epochs_stays_below_ten_megabytes(tmp_path):
     folder = make_run(tmp_path / "run", epochs=0, run__epochs=700)
     rows = [json.dumps(row) for row in verdict_rows(700)]
@@ -590,6 +591,7 @@ def test_a_report_of_hundreds_of_epochs_stays_below_ten_megabytes(tmp_path):
     assert frames[0][0] == "before training" and frames[-1][0] == "epoch 699"
 
 
+@pytest.mark.slow
 def test_thousands_of_epochs_are_drawn_thinned_out_and_it_is_said(tmp_path):
     folder = make_run(tmp_path / "run", epochs=0, run__epochs=5000)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in verdict_rows(2501)))

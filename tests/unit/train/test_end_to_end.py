@@ -193,6 +193,7 @@ def test_the_model_card_is_readable_markdown_with_metadata(straight):
 
 
 # --- algorithms -----------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_ddpo_runs_without_a_critic(train):
     run = train("ddpo", "--algorithm", "ddpo")
     assert not (run / "checkpoints/epoch_0001/critic.safetensors").exists()
@@ -212,6 +213,7 @@ def test_tdpo_equals_tdpo_r_until_the_first_reset(train, straight):
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["epoch_0001"]
 
 
+@pytest.mark.slow
 def test_a_reference_gives_the_mean_kl_and_changes_nothing_else(train, straight):
     run = train("reference", "--set", "algorithm.reference=true")
     logged = [row["mean_kl"] for row in tiny.rows(run)]
@@ -222,6 +224,7 @@ def test_a_reference_gives_the_mean_kl_and_changes_nothing_else(train, straight)
 
 
 # --- determinism and resuming -----------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run_and_another_a_different_one(train, straight):
     again, other = train("again"), train("other", "--seed", 2)
     assert tiny.rows(again) == tiny.rows(straight) and same(weights(again), weights(straight))
@@ -316,6 +319,7 @@ def test_every_image_has_its_own_noise(samples):
     assert len({image.tobytes() for image in pictures(samples)}) == 4
 
 
+@pytest.mark.slow
 def test_any_batch_size_gives_the_same_images(straight, place):
     arguments = ["sample", straight, *PROMPTS, "--per-prompt", 3, "--seed", 7]
     for size in (1, 5):

@@ -194,16 +194,16 @@ def load(family: Family, path: Path, name: str = ADAPTER) -> int:
         raise RequestError(f"{file}: the names of its weights are not known: {first_line(error)[:200]}") from None
     if not any("lora" in key for key in state):
         raise RequestError(f"{file}: no LoRA weights in it.")
-    scales = alphas[0] if alphas else None
+    state = _folded(state, alphas[0] if alphas else None)
     texts = {key: value for key, value in state.items() if key.startswith("text_encoder")}
     state = {key if key.startswith(f"{prefix}.") else f"{prefix}.{key}": value for key, value in state.items() if key not in texts}
     try:
         if state:
-            network.load_lora_adapter(state, prefix=prefix, network_alphas=scales, metadata=metadata, adapter_name=name)
+            network.load_lora_adapter(state, prefix=prefix, network_alphas=None, metadata=metadata, adapter_name=name)
         for part in TEXT_ENCODERS:
             if any(key.startswith(f"{part}.") for key in texts):
                 encoder = getattr(family.pipeline, part)
-                pipeline.load_lora_into_text_encoder(texts, scales, encoder, prefix=part, adapter_name=name, metadata=metadata)
+                pipeline.load_lora_into_text_encoder(texts, None, encoder, prefix=part, adapter_name=name, metadata=metadata)
                 encoder.requires_grad_(False)
     except (ValueError, RuntimeError, KeyError, IndexError, AttributeError) as error:
         raise RequestError(f"{file}: these LoRA weights do not fit the base model: {first_line(error)}") from None
@@ -214,6 +214,18 @@ def load(family: Family, path: Path, name: str = ADAPTER) -> int:
         parameter.data = parameter.data.float()
         parameter.requires_grad_(False)
     return max(p.shape[0] for name_, p in loaded.items() if "lora_A" in name_)
+
+
+def _folded(state: dict[str, Tensor], alphas: dict[str, float] | None) -> dict[str, Tensor]:
+    """alpha / rank of each layer multiplied into `up`: the library's loader takes one alpha for layers whose alphas differ."""
+    folded = dict(state)
+    for key, up in state.items():
+        if ".up." in key and alphas:
+            down = key.replace(".up.", ".down.")
+            alpha = next((alphas[name] for name in (f"{down.split('.lora.')[0]}.alpha", f"{down}.alpha") if name in alphas), None)
+            if alpha is not None and alpha != len(state[down]):
+                folded[key] = up.float() * (alpha / len(state[down]))
+    return folded
 
 
 def parameters(network: nn.Module, name: str = ADAPTER) -> dict[str, nn.Parameter]:

@@ -174,7 +174,7 @@ def _dry_run(preset: presets.Preset, as_json: bool) -> None:
             ("reward queries", f"{preset.reward_queries:,}"),
             ("on 1 device", shown[1]),
             ("on each of 8", shown[8]),
-            ("memory", f"an estimate, with {plan}; the plan is chosen from free memory and never changes the result"),
+            ("memory", f"a prediction, with {plan}; the plan is chosen from free memory and never changes the result"),
         ],
         title="dry run: nothing is written",
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -194,12 +194,12 @@ def load(family: Family, path: Path, name: str = ADAPTER) -> int:
         raise RequestError(f"{file}: the names of its weights are not known: {first_line(error)[:200]}") from None
     if not any("lora" in key for key in state):
         raise RequestError(f"{file}: no LoRA weights in it.")
-    _fold(state, alphas[0] if alphas else None)
+    state = _folded(state, alphas[0] if alphas else None)
     texts = {key: value for key, value in state.items() if key.startswith("text_encoder")}
     state = {key if key.startswith(f"{prefix}.") else f"{prefix}.{key}": value for key, value in state.items() if key not in texts}
     try:
         if state:
-            network.load_lora_adapter(state, prefix=prefix, metadata=metadata, adapter_name=name)
+            network.load_lora_adapter(state, prefix=prefix, network_alphas=None, metadata=metadata, adapter_name=name)
         for part in TEXT_ENCODERS:
             if any(key.startswith(f"{part}.") for key in texts):
                 encoder = getattr(family.pipeline, part)
@@ -218,14 +218,16 @@ def load(family: Family, path: Path, name: str = ADAPTER) -> int:
     return max(p.shape[0] for name_, p in loaded.items() if "lora_A" in name_)
 
 
-def _fold(state: dict[str, Tensor], alphas: Mapping[str, float] | None) -> None:
-    """Multiply alpha / rank into the up weights, in place: diffusers loses alphas that differ between layers of a kohya file."""
-    for key, alpha in (alphas or {}).items():
-        layer = key.removesuffix(".alpha")  # a layer's name, or that of its down weights
-        halves = [name for name in state if name == layer or name.startswith(f"{layer}.")]
-        down = next(name for name in halves if "lora_A" in name or ".down." in name)
-        up = down.replace("lora_A", "lora_B").replace(".down.", ".up.")
-        state[up] = state[up] * (float(alpha) / state[down].shape[0])
+def _folded(state: dict[str, Tensor], alphas: dict[str, float] | None) -> dict[str, Tensor]:
+    """alpha / rank of each layer multiplied into `up`: the library's loader takes one alpha for layers whose alphas differ."""
+    folded = dict(state)
+    for key, up in state.items():
+        if ".up." in key and alphas:
+            down = key.replace(".up.", ".down.")
+            alpha = next((alphas[name] for name in (f"{down.split('.lora.')[0]}.alpha", f"{down}.alpha") if name in alphas), None)
+            if alpha is not None and alpha != len(state[down]):
+                folded[key] = up.float() * (alpha / len(state[down]))
+    return folded
 
 
 def parameters(network: nn.Module, name: str = ADAPTER) -> dict[str, nn.Parameter]:

@@ -25,6 +25,7 @@ TOP_ONLY = {
     **NARROW, "down_block_types": ("CrossAttnDownBlock2D",) + ("DownBlock2D",) * 3, "up_block_types": ("UpBlock2D",) * 3 + ("CrossAttnUpBlock2D",),
 }  # fmt: skip
 UNETS = {"sd1": footprint.SD1_UNET, "sd1 at 768 pixels": {**footprint.SD1_UNET, "sample_size": 96}, "narrow": NARROW, "attention above": TOP_ONLY}
+UNETS["deep, as SDXL"] = {**footprint.SDXL_UNET, "sample_size": 64}
 VAES = {"sd1": footprint.SD1_VAE, "small": {"block_out_channels": (16, 32, 64)}}
 PARAMETERS = footprint.SD1_PARAMETERS
 
@@ -223,3 +224,33 @@ def test_gradients_are_the_same_with_checkpointing():
         policy.transition(x, k, policy.encode(["a", "b"]), torch.tensor([0, 1]), 3.0).log_prob(x).sum().backward()
         grads.append(torch.cat([parameter.grad.flatten() for parameter in policy.trainable.values()]))
     assert grads[0].abs().max() > 0 and same_output(*grads)
+
+
+# --- SDXL ---------------------------------------------------------------------------------------------------------------
+def test_the_published_sizes_of_sdxl_are_those_of_its_unet():
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        network = UNet2DConditionModel(
+            **footprint.SDXL_UNET, cross_attention_dim=2048, attention_head_dim=[5, 10, 20], addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )  # fmt: skip
+    assert sum(p.numel() for p in network.parameters()) == pytest.approx(footprint.SDXL_PARAMETERS["unet"], rel=1e-4)
+    adapter.attach(network, 4, Family.lora_targets, torch.Generator())
+    assert sum(p.numel() for p in adapter.parameters(network).values()) == 4 * footprint.SDXL_ADAPTER_PER_RANK
+
+
+def test_a_hub_id_of_sdxl_is_predicted_as_sdxl():
+    xl, sd = (footprint.networks(presets.load(name)) for name in ("sdxl-pickscore", "pickscore"))
+    assert sum(xl.parameters.values()) > 3 * sum(sd.parameters.values())
+    assert xl.pixels == 1024**2 and sd.pixels == 512**2
+    assert footprint.networks(presets.load("sdxl-pickscore-24gb")).pixels == 768**2
+    assert not xl.vae_in_fp32 and footprint.networks(presets.load("sdxl-pickscore", [("model.vae", None)])).vae_in_fp32
+
+
+@pytest.mark.parametrize(("name", "gigabytes"), [("sdxl-pickscore", 80), ("sdxl-hpsv2", 80), ("sdxl-pickscore-24gb", 24)])
+def test_presets_of_sdxl_are_predicted_to_fit_the_card_that_they_are_for(name, gigabytes):
+    preset = presets.load(name)
+    plan = memory.choose(preset, memory.limit(preset, gigabytes * 0.98e9, True), 1, True)
+    assert memory.estimate(preset, 1, plan, True) < gigabytes * 0.9e9

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +113,7 @@ def _run(
             with signals.held():  # an epoch that is computed is not lost to a signal
                 saving.save(job, folder, epoch, row, last=stop or epoch + 1 == preset.run.epochs)
             track()
-            console.say(messages.epoch_line(row, rows[0], preset))
-            if drifted := messages.drift_line(rows, preset):
-                console.warn(drifted)
-            if changed := messages.verdict_line(rows, preset):
-                console.say(changed, style="bold")
+            _say_epoch(rows, preset, console)
         world.barrier()
         if preset.run.stop_on_overoptimisation is not None and world.from_main(stop):
             break
@@ -127,6 +123,15 @@ def _run(
     summary = messages.summary(preset, folder, time.perf_counter() - started)
     messages.closing(summary, preset, console)
     return summary
+
+
+def _say_epoch(rows: Sequence[dict[str, Any]], preset: Preset, console: Console) -> None:
+    """Print the newest epoch's line, and what changed with it."""
+    console.say(messages.epoch_line(rows[-1], rows[0], preset))
+    if drifted := messages.drift_line(rows, preset):
+        console.warn(drifted)
+    if changed := messages.verdict_line(rows, preset):
+        console.say(changed, style="bold")
 
 
 def _plan(preset: Preset, world: World, folder: RunDir, resume: bool) -> memory.Plan:

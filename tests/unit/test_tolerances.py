@@ -85,12 +85,12 @@ def shuffled(patch):
 
 
 def left_out(patch):
-    backward = Learner._policy_backward
+    step = Learner._step
 
-    def without_the_last_two(learner, material, batch):
-        return backward(learner, material, dataclasses.replace(batch, own=batch.own[:-2]))
+    def without_the_last_two(learner, material, batch, observer):
+        return step(learner, material, dataclasses.replace(batch, own=batch.own[:-2]), observer)
 
-    patch.setattr(Learner, "_policy_backward", without_the_last_two)
+    patch.setattr(Learner, "_step", without_the_last_two)
 
 
 def scaled(name):

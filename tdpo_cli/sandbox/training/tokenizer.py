@@ -15,15 +15,16 @@ CONTEXT = 16  # tokens; the longest caption has 14 with its two ends
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def write_tokenizer(folder: Path) -> CLIPTokenizer:
+def write_tokenizer(folder: Path, pad: str | None = None) -> CLIPTokenizer:
     """vocab.json and merges.txt by hand: transformers 5 would write only tokenizer.json, which older readers miss."""
+    pad = pad or END  # as CLIP-L does; CLIP-G pads with "!"
     folder.mkdir(parents=True, exist_ok=True)
     alphabet = sorted(ByteLevel.alphabet())
     merges = learn_merges(vocabulary())
     tokens = [*alphabet, *(c + "</w>" for c in alphabet), *("".join(pair) for pair in merges), START, END]
     files = {
         "vocab.json": {token: index for index, token in enumerate(tokens)},
-        "special_tokens_map.json": {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END},
+        "special_tokens_map.json": {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad},
         "tokenizer_config.json": {
             "tokenizer_class": "CLIPTokenizer",
             "model_max_length": CONTEXT,
@@ -31,7 +32,7 @@ def write_tokenizer(folder: Path) -> CLIPTokenizer:
             "bos_token": START,
             "eos_token": END,
             "unk_token": END,
-            "pad_token": END,
+            "pad_token": pad,
         },
     }
     for name, content in files.items():

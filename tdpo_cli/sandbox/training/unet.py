@@ -146,16 +146,25 @@ def sample(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int) -> 
 
 def check(zoo: Path, n: int = 256, seed: int = 0) -> dict:
     """What gold says of n samples of the pipeline: 10 DDIM steps, eta 1, guidance 3."""
+    prompts = check_prompts(n, seed)
+    return judged(sample(load_pipeline(zoo), prompts, seed), prompts)
+
+
+def check_prompts(n: int, seed: int) -> list[str]:
+    """n of all prompts, each at most once."""
     generator = torch.Generator().manual_seed(seed)
     everything = all_prompts()
-    prompts = [everything[i] for i in torch.randperm(len(everything), generator=generator)[:n].tolist()]
-    pipeline = load_pipeline(zoo)
-    terms = gold_terms(sample(pipeline, prompts, seed), prompts)
+    return [everything[i] for i in torch.randperm(len(everything), generator=generator)[:n].tolist()]
+
+
+def judged(images: Tensor, prompts: list[str]) -> dict:
+    """Means of gold's terms."""
+    terms = gold_terms(images, prompts)
     names = ("fidelity", "preference", "shape", "colour", "background", "size", "centredness", "radius")
     figures = {name: round(float(terms[name].mean()), 4) for name in names}
     gold = terms["fidelity"] * terms["preference"]
     return figures | {
         "gold": round(float(gold.mean()), 4),
         "gold_std": round(float(gold.std()), 4),
-        "samples": n,
+        "samples": len(prompts),
     }

@@ -25,7 +25,7 @@ def arguments(zeros):
     draw = lambda *shape: torch.randn(shape, generator=generator)
     texts = torch.nn.functional.pad(draw(3, TEXT_TOKENS, 12), (0, 0, 0, zeros))
     return {
-        "hidden_states": draw(3, 4, 4, 4), "encoder_hidden_states": texts, "pooled_projections": draw(3, 6), 
+        "hidden_states": draw(3, 4, 4, 4), "encoder_hidden_states": texts, "pooled_projections": draw(3, 6),
         "timestep": torch.tensor([1.0, 500, 999]),
     }  # fmt: skip
 

@@ -19,7 +19,8 @@ from tdpo_cli.config import preset as presets
 from tdpo_cli.config.preset import Preset
 from tdpo_cli.console import Console, size
 from tdpo_cli.machine import footprint, memory
-from tdpo_cli.rewards import required_files, scoring
+from tdpo_cli.rewards import checkpoints as reward_checkpoints
+from tdpo_cli.rewards import required_files
 from tdpo_cli.sandbox import ZOO
 
 LEAST_DISK = 5e9  # bytes; a run folder with its images and states
@@ -117,7 +118,7 @@ def _preset(name: str, preset: Preset, devices: list[dict[str, Any]]) -> dict[st
 
 
 def _needed_files(preset: Preset) -> list[required_files.File]:
-    checkpoints = scoring.checkpoints(preset.reward.zoo, preset.reward.checkpoints)
+    checkpoints = reward_checkpoints(preset.reward.zoo, preset.reward.checkpoints)
     rewards = [file for name in preset.rewards for file in required_files.of_reward(name, checkpoints.get(name))]
     if preset.has_critic and preset.reward.train not in ("pickscore", "hpsv2", "hpsv2.1"):  # the critic sees through the aesthetic reward's CLIP
         rewards += [file for file in required_files.of_reward("aesthetic", checkpoints.get("aesthetic")) if "aesthetic" not in file.hub_id]

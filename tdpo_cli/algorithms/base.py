@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,17 +13,32 @@ from tdpo_cli.randomness import Randomness
 from tdpo_cli.types import Credit, ShufflePlan, Trajectory
 
 
-class Algorithm(Protocol):
-    """`everyone` holds all samples of the epoch, ordered by sample id; the mathematics is single-process."""
+class Algorithm:
+    """Base of all algorithms: no critic to look after, nothing to remember.
 
-    def credit(self, everyone: Trajectory, rewards: Tensor) -> Credit: ...
+    `everyone` holds all samples of the epoch, ordered by sample id; the mathematics is single-process.
+    """
+
+    def credit(self, everyone: Trajectory, rewards: Tensor) -> Credit:
+        """How much each step of each sample was worth. rewards [N], of the training reward"""
+        raise NotImplementedError
+
     def after_inner_epoch(
         self, critic: Critic | None, optimizer: torch.optim.Optimizer | None, everyone: Trajectory,
         plan: ShufflePlan, inner: int, randomness: Randomness,
-    ) -> dict[str, Any]: ...  # fmt: skip
-    def after_epoch(self, credit: Credit) -> None: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    ) -> dict[str, Any]:  # fmt: skip
+        """Look at the critic's neurons, and re-initialise some. -> statistics for the epoch's row; none without a critic"""
+        return {}
+
+    def after_epoch(self, credit: Credit) -> None:
+        """Called once the epoch has trained."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
 
 
 def credit(algorithm: Algorithm, everyone: Trajectory, rewards: Tensor) -> Credit:

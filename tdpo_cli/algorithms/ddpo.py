@@ -4,29 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from tdpo_cli.algorithms.critic import Critic
+from tdpo_cli.algorithms.base import Algorithm
 from tdpo_cli.algorithms.returns import Returns
 from tdpo_cli.config.preset import Preset
-from tdpo_cli.randomness import Randomness
-from tdpo_cli.types import Credit, ShufflePlan, Trajectory
+from tdpo_cli.types import Credit, Trajectory
 
 
-class DDPO:
+class DDPO(Algorithm):
     def __init__(self, preset: Preset):
         self.returns = Returns(preset)
 
     def credit(self, everyone: Trajectory, rewards: Tensor) -> Credit:
         returns, normed, mean_kl = self.returns(everyone, rewards.cpu())
         return Credit(advantages=returns, returns=returns, normed_rewards=normed, mean_kl=mean_kl)
-
-    def after_inner_epoch(
-        self, critic: Critic | None, optimizer: torch.optim.Optimizer | None, everyone: Trajectory,
-        plan: ShufflePlan, inner: int, randomness: Randomness,
-    ) -> dict[str, Any]:  # fmt: skip
-        return {}
 
     def after_epoch(self, credit: Credit) -> None:
         self.returns.after_epoch(credit.mean_kl, len(credit.returns))

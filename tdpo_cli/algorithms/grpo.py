@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tdpo_cli.algorithms import kl
-from tdpo_cli.algorithms.critic import Critic
+from tdpo_cli.algorithms.base import Algorithm
 from tdpo_cli.config.preset import Preset
-from tdpo_cli.randomness import Randomness
-from tdpo_cli.types import Credit, ShufflePlan, Trajectory
+from tdpo_cli.types import Credit, Trajectory
 
 EPS = 1e-4  # added to the standard deviation; Flow-GRPO's
 
 
-class GRPO:
+class GRPO(Algorithm):
     """Every step of a sample has the same advantage. Nothing is remembered from epoch to epoch."""
 
     def __init__(self, preset: Preset):
@@ -31,21 +29,6 @@ class GRPO:
         wide = lambda values: values.unsqueeze(1).expand(-1, steps).contiguous()
         mean_kl = None if everyone.ref_log_probs is None else kl.mean_kl(everyone.log_probs.cpu(), everyone.ref_log_probs.cpu())
         return Credit(advantages=wide(clipped), returns=wide(advantages), normed_rewards=rewards, mean_kl=mean_kl)
-
-    def after_inner_epoch(
-        self, critic: Critic | None, optimizer: torch.optim.Optimizer | None, everyone: Trajectory,
-        plan: ShufflePlan, inner: int, randomness: Randomness,
-    ) -> dict[str, Any]:  # fmt: skip
-        return {}
-
-    def after_epoch(self, credit: Credit) -> None:
-        pass
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
 
 
 def group_advantages(prompt_keys: Sequence[str], rewards: Tensor, std: str) -> Tensor:

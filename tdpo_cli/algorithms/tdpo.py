@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tdpo_cli.algorithms import reset
+from tdpo_cli.algorithms.base import Algorithm
 from tdpo_cli.algorithms.critic import Critic
 from tdpo_cli.algorithms.moments import PerPromptMoments
 from tdpo_cli.algorithms.returns import Returns
@@ -16,7 +17,7 @@ from tdpo_cli.randomness import Randomness
 from tdpo_cli.types import Credit, ShufflePlan, Trajectory
 
 
-class TDPO:
+class TDPO(Algorithm):
     """Temporal advantages: what a sample returned minus what the critic expected of its half-made image."""
 
     def __init__(self, preset: Preset):

@@ -180,8 +180,8 @@ def attach(
     return LoRA(network, name)
 
 
-def load(family: Family, path: Path, name: str = ADAPTER) -> int:
-    """Add the LoRA of a file (diffusers', peft's or kohya's key names), frozen, text encoders' weights too. -> its rank. Raises RequestError."""
+def load(family: Family, path: Path, name: str = ADAPTER) -> None:
+    """Add the LoRA of a file (diffusers', peft's or kohya's key names), frozen, text encoders' weights too. Raises RequestError."""
     file, network, prefix = lora_file.find(path), family.network, family.component
     lora_file.check_kind(file)
     options = {"unet_config": network.config} if prefix == "unet" else {}
@@ -215,7 +215,6 @@ def load(family: Family, path: Path, name: str = ADAPTER) -> int:
     for parameter in loaded.values():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(False)
-    return max(p.shape[0] for name_, p in loaded.items() if "lora_A" in name_)
 
 
 def _folded(state: dict[str, Tensor], alphas: dict[str, float] | None) -> dict[str, Tensor]:

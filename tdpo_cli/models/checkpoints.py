@@ -76,7 +76,7 @@ def _weights(path: Path, settings: Preset, name: str) -> Source:
     """LoRA weights on the base model, or a whole network in place of the base model's."""
     if path.is_file() or (path / LORA_FILE).is_file() or any(path.glob("*.safetensors")):
         return Source(replace(settings, model=replace(settings.model, start_from=str(path))), name)
-    if lora_file.whole_network(path) is not None:
+    if (part := lora_file.whole_network(path)) is not None and (path / part / "config.json").is_file():
         return Source(replace(settings, model=replace(settings.model, start_from=str(path), lora_rank=0)), name)
     raise RequestError(f"{path}: neither LoRA weights ({LORA_FILE}) nor a whole network (unet/, transformer/) nor a run nor a diffusers model there.")
 

@@ -121,7 +121,7 @@ def _trained_part(family: Family, model: Model, dtype: torch.dtype, keep_referen
 # --- parts of a model -----------------------------------------------------------------------------------------------------
 def holds_network(model: Model, part: str) -> bool:
     """Whether `model.start_from` is a checkpoint of full fine-tuning."""
-    return model.start_from is not None and (Path(model.start_from) / part).is_dir()
+    return model.start_from is not None and lora_file.whole_network(Path(model.start_from)) == part
 
 
 def trained_network(cls: type, source: str, part: str, model: Model, dtype: torch.dtype) -> nn.Module:

@@ -21,7 +21,7 @@ COMPONENTS = ("unet", "transformer")  # what a denoising network is called in a 
 
 def whole_network(path: Path) -> str | None:
     """The folder with a whole network, `unet` or `transformer`, in a checkpoint of full fine-tuning; None in any other."""
-    return next((name for name in COMPONENTS if (path / name / "config.json").is_file()), None)
+    return next((name for name in COMPONENTS if (path / name).is_dir()), None)
 
 
 def find(path: Path) -> Path:

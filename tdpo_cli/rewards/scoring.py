@@ -9,7 +9,6 @@ from torch import Tensor
 
 from tdpo_cli import rewards
 from tdpo_cli.errors import RequestError
-from tdpo_cli.rewards import checkpoints as checkpoints
 from tdpo_cli.rewards.backbones import Backbones
 
 

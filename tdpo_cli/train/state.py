@@ -20,6 +20,7 @@ from tdpo_cli.models import settings
 from tdpo_cli.models.policy import Policy
 from tdpo_cli.randomness import Randomness
 from tdpo_cli.rewards import Reward, scoring
+from tdpo_cli.rewards import checkpoints as reward_checkpoints
 from tdpo_cli.rewards.backbones import Backbones, ImageEncoder
 from tdpo_cli.rewards.critic_encoder import critic_encoder
 from tdpo_cli.train import views
@@ -104,7 +105,7 @@ def build(preset: Preset, world: World, plan: memory.Plan) -> Job:
     backbones = Backbones(world.device)
     if plan.park:
         backbones.park()  # each network is on the device only while it is used
-    checkpoints = scoring.checkpoints(preset.reward.zoo, preset.reward.checkpoints)
+    checkpoints = reward_checkpoints(preset.reward.zoo, preset.reward.checkpoints)
     rewards = scoring.load_rewards(preset.rewards, backbones, checkpoints)
     encoder = critic = view = None
     if preset.has_critic:

@@ -41,8 +41,8 @@ class Case:
     def load(self, trainable: bool = True, negative_prompt: str = "", **settings: Any) -> Policy:
         """A policy of its own."""
         # a folder may say that its model is distilled: the contract holds for these too
-        allowed = {"allow_distilled": True} if hasattr(Model, "allow_distilled") else {}
-        model = Model(**{"base": str(self.path), "dtype": "fp32", "resolution": SIZE, "lora_rank": RANK, **allowed, **settings})
+        fixed = {"base": str(self.path), "dtype": "fp32", "resolution": SIZE, "lora_rank": RANK, "allow_distilled": True}
+        model = Model(**(fixed | settings))
         policy = models.load(model, trainable=trainable, negative_prompt=negative_prompt)
         policy.set_schedule(STEPS)
         return policy

@@ -10,8 +10,6 @@ from helpers import tdpo
 from safetensors.torch import load_file
 from subject import GUIDANCE, SIZE, STEPS
 
-from tdpo_cli.config.preset import Model
-
 LORA = "checkpoints/epoch_{:04d}/pytorch_lora_weights.safetensors"
 
 
@@ -21,10 +19,8 @@ def train(case, tmp_path_factory):
     place = tmp_path_factory.mktemp("runs")
     changes = {
         "model__base": str(case.path), "model__resolution": list(SIZE), "rollout__steps": STEPS, "rollout__guidance_scale": GUIDANCE,
-        "reward__train": "jpeg-incompressibility", "algorithm__name": "tdpo-r",
+        "reward__train": "jpeg-incompressibility", "algorithm__name": "tdpo-r", "model__allow_distilled": True,
     }  # fmt: skip
-    if hasattr(Model, "allow_distilled"):
-        changes["model__allow_distilled"] = True
     preset = tiny.preset(place, **changes)
 
     def run(name, *arguments):

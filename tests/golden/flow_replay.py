@@ -6,10 +6,10 @@ What the product does not have yet is in `skipped`, by name and with the reason.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
+from comparison import Comparison
 from flow_recording import DYNAMICS, FlowTrace
 from torch import Tensor
 
@@ -30,28 +30,6 @@ GRADIENT = 4e-4  # of its largest entry: 1.5e-4 was measured in another program
 # no recorded ratio is this close to an edge of the clip range, so no decision flips by rounding
 EMA_DECAY = 0.9  # of every recording, as its README says; trace.json does not repeat it
 NOT_OURS = "an option of the reference that the product does not have"
-
-
-@dataclass
-class Comparison:
-    """One recorded tensor beside ours."""
-
-    name: str  # the trace's name, with epoch and inner epoch
-    ours: Tensor
-    recorded: Tensor
-    tolerance: float  # largest absolute difference; for `relative`, in units of the largest recorded magnitude
-    relative: bool = False
-    elementwise: bool = False  # in units of each element's own magnitude, at least 1
-
-    def error(self, recorded: Tensor | None = None) -> float:
-        """Largest difference in units of the scale, NaN counting as infinite."""
-        recorded = (self.recorded if recorded is None else recorded).double()
-        ours, known = self.ours.detach().double().reshape(recorded.shape), self.recorded.double().abs()
-        scale = known.clamp(min=1) if self.elementwise else max(known.max().item(), 1e-30) if self.relative else 1.0
-        return torch.nan_to_num((ours - recorded).abs() / scale, nan=float("inf")).max().item()
-
-    def holds(self, recorded: Tensor | None = None) -> bool:
-        return self.error(recorded) <= self.tolerance
 
 
 class FlowReplay:

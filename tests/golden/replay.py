@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
+from comparison import Comparison
 from recording import Trace, TraceRandomness, critic_parameters, flat
 from torch import Tensor
 
@@ -23,27 +24,6 @@ from tdpo_cli.train import losses
 from tdpo_cli.train import update as updates
 from tdpo_cli.train.rollout import Actor
 from tdpo_cli.train.state import make_optimizers
-
-
-@dataclass
-class Comparison:
-    """One recorded tensor beside ours."""
-
-    name: str  # the trace's name, with epoch and inner epoch
-    ours: Tensor
-    recorded: Tensor
-    tolerance: float  # largest absolute difference; for `relative`, in units of the largest recorded magnitude
-    relative: bool = False
-
-    def error(self, recorded: Tensor | None = None) -> float:
-        """Largest absolute difference, NaN counting as infinite."""
-        recorded = (self.recorded if recorded is None else recorded).double()
-        ours = self.ours.detach().double().reshape(recorded.shape)
-        scale = max(self.recorded.double().abs().max().item(), 1e-30) if self.relative else 1.0
-        return torch.nan_to_num((ours - recorded).abs() / scale, nan=float("inf")).max().item() if recorded.numel() else 0.0
-
-    def holds(self, recorded: Tensor | None = None) -> bool:
-        return self.error(recorded) <= self.tolerance
 
 
 def red_minus_green(images: Tensor, prompts) -> Tensor:

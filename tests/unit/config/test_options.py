@@ -32,6 +32,7 @@ from tdpo_cli.models import lora_file
 from tdpo_cli.models.policy import Policy
 from tdpo_cli.overoptimisation import verdict
 from tdpo_cli.randomness import Randomness
+from tdpo_cli.rewards import checkpoints as reward_checkpoints
 from tdpo_cli.rewards import scoring
 from tdpo_cli.rewards.backbones import Backbones
 from tdpo_cli.sandbox import ZOO
@@ -470,8 +471,8 @@ def watch():
 
 def zoo():
     """reward.zoo: the embedded checkpoints; without it the published ones, which are not on this machine."""
-    assert scoring.checkpoints("sandbox", {})["aesthetic"] == str(ZOO / "aesthetic")
-    assert scoring.checkpoints(None, {}) == {}
+    assert reward_checkpoints("sandbox", {})["aesthetic"] == str(ZOO / "aesthetic")
+    assert reward_checkpoints(None, {}) == {}
     with pytest.raises(RequestError, match="aesthetic"):
         start({"reward.zoo": None, "reward.train": "aesthetic"})
 

@@ -21,7 +21,7 @@ from tdpo_cli.models import settings
 from tdpo_cli.overoptimisation import verdict
 from tdpo_cli.report import report
 from tdpo_cli.storage.run_dir import RunDir
-from tdpo_cli.train import messages, saving, trackers
+from tdpo_cli.train import epoch_table, messages, saving, trackers
 from tdpo_cli.train.epoch import run_epoch
 from tdpo_cli.train.state import Job, build
 
@@ -103,7 +103,7 @@ def _run(
         if first_epoch == 0:
             saving.preview(job, folder, "before training", "before.png")
         track()
-        console.say()
+        console.say("\n".join(["", *epoch_table.heading(preset)]))
     for epoch in range(first_epoch, preset.run.epochs):
         row = run_epoch(job, epoch, console)
         stop = False
@@ -127,7 +127,7 @@ def _run(
 
 def _say_epoch(rows: Sequence[dict[str, Any]], preset: Preset, console: Console) -> None:
     """Print the newest epoch's line, and what changed with it."""
-    console.say(messages.epoch_line(rows[-1], rows[0], preset))
+    console.say(epoch_table.line(rows[-1], rows[0], preset))
     if drifted := messages.drift_line(rows, preset):
         console.warn(drifted)
     if changed := messages.verdict_line(rows, preset):

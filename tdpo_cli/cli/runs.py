@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from tdpo_cli.cli import options
-from tdpo_cli.console import Console
 
 
 def runs(
@@ -19,6 +18,5 @@ def runs(
     """List the runs below a folder: algorithm, reward, epochs, rise, verdict, size, time."""
     from tdpo_cli.report import runs as listing
 
-    rows = listing.show(folder, Console(quiet=json_))
-    if json_:
-        print(json.dumps(rows))
+    rows = listing.find(folder)
+    print(json.dumps(rows) if json_ else listing.as_text(rows, folder))

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tdpo_cli.console import Console, size
+from tdpo_cli.console import size
 from tdpo_cli.errors import RequestError, WorkError
 from tdpo_cli.overoptimisation import verdict
 from tdpo_cli.report.numbers import finite
 from tdpo_cli.storage.run_dir import RunDir
 
-COLUMNS = ("run", "algorithm", "reward", "epochs", "rise", "verdict", "size", "changed")
+HEADS = ("run", "method", "reward", "epochs", "rise", "verdict", "size", "changed")
 
 
-def show(folder: Path, console: Console) -> list[dict[str, Any]]:
-    """Print one line per run below `folder`. -> the same rows for --json. Raises RequestError if the folder is missing."""
-    rows = find(folder)
+def as_text(rows: Sequence[dict[str, Any]], folder: Path) -> str:
+    """One line per run under a heading; 80 columns where names are short. `rise`: of the trained reward, in sd of epoch 0."""
     if not rows:
-        console.say(f"{folder}: no runs there. `tdpo train` makes one.")
-        return rows
-    console.table(COLUMNS, [_line(row, folder) for row in rows])
-    return rows
+        return f"{folder}: no runs there. `tdpo train` makes one."
+    lines = [HEADS, *(_line(row, folder) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(" ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
 def find(folder: Path) -> list[dict[str, Any]]:
@@ -75,7 +74,7 @@ def _line(row: dict[str, Any], folder: Path) -> tuple[str, ...]:
     name = str(path.relative_to(folder)) if path != folder else str(path)
     if row["error"] is not None:
         return name, "-", "-", "-", "-", "damaged", size(row["bytes"]), "-"
-    rise = "-" if row["rise"] is None else f"{row['rise']:+.2f} sd"
+    rise = "-" if row["rise"] is None else f"{row['rise']:+.2f}"
     epochs = f"{row['epochs']}/{row['epochs_planned']}"
-    when = datetime.fromisoformat(row["changed"]).strftime("%d %b %H:%M")
+    when = datetime.fromisoformat(row["changed"]).strftime("%m-%d %H:%M")
     return name, row["algorithm"], row["reward"], epochs, rise, row["verdict"]["kind"], size(row["bytes"]), when

@@ -31,11 +31,11 @@ def test_runs_are_found_below_a_folder_and_told_apart(tmp_path):
 
 def test_runs_command_prints_a_list_and_fits_80_columns(tmp_path):
     make_run(tmp_path / "quickstart-0001")
-    listed = json.loads(tdpo("runs", tmp_path, "--json").stdout)
+    listed = json.loads(tdpo("runs", tmp_path, "--json").out)
     assert [row["run"] for row in listed] == [str(tmp_path / "quickstart-0001")]
-    shown = tdpo("runs", tmp_path, env={"COLUMNS": "80"})
-    assert "quickstart-0001" in shown.stderr and max(map(len, shown.stderr.splitlines())) <= 80
-    assert tdpo("runs", tmp_path / "missing").returncode == 2
+    shown = tdpo("runs", tmp_path)
+    assert "quickstart-0001" in shown.out and max(map(len, shown.out.splitlines())) <= 80
+    assert tdpo("runs", tmp_path / "missing").status == 2
 
 
 def test_several_runs_are_compared_on_one_page(tmp_path):

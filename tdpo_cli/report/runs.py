@@ -14,7 +14,7 @@ from tdpo_cli.overoptimisation import verdict
 from tdpo_cli.report.numbers import finite
 from tdpo_cli.storage.run_dir import RunDir
 
-HEADS = ("run", "method", "reward", "epochs", "rise", "verdict", "size", "changed")
+HEADS = ("run", "method", "reward", "done", "rise", "verdict", "size", "changed")
 
 
 def as_text(rows: Sequence[dict[str, Any]], folder: Path) -> str:

@@ -91,7 +91,7 @@ def _check(preset: presets.Preset) -> None:
 
 
 # what may change when a run goes on
-RESUMABLE = ("run.epochs", "run.save_every", "run.keep_last", "run.stop_on_overoptimisation", "run.trackers", "run.memory_limit")
+RESUMABLE = ("run.epochs", "run.save_every", "run.keep_last", "run.stop_on_overoptimisation", "run.trackers", "run.memory_limit", "run.shard")
 
 
 def _resumed(out: Path | None, preset: str | None, overrides: list[tuple[str, Any]]) -> presets.Preset:

@@ -584,6 +584,13 @@ def compiled():
         assert blocks and {module._compiled_call_impl is not None for module in blocks} == {wanted}
 
 
+def sharded():
+    """run.shard: on needs several processes; the sharded run itself is in tests/distributed/test_world_sizes.py."""
+    with pytest.raises(RequestError, match="sharding needs several processes"):
+        start({"run.shard": "on"})
+    start({"run.shard": "auto"})
+
+
 def shown_images(tmp_path, monkeypatch):
     """[sampling] reaches previews; without it they are made as the rollout samples."""
     pictures = {}
@@ -671,6 +678,7 @@ ELSEWHERE = {
     "run.micro_batch": run_folder,
     "run.memory_limit": memory_limit,
     "run.compile": compiled,
+    "run.shard": sharded,
     "run.max_bad_steps": max_bad_steps,
     "run.trackers": tracking,
     "run.stop_on_overoptimisation": stopping_early,

@@ -225,6 +225,11 @@ class Preset:
         return " + ".join(name if weight == 1 or len(self.weights) == 1 else f"{weight:g} {name}" for name, weight in self.weights.items())
 
     @property
+    def drift_limit(self) -> float:
+        """The largest ratio_drift that rounding explains."""
+        return max(self.update.clip_range / 10, 2e-5)
+
+    @property
     def constraints_words(self) -> str:
         """What must not fall, in words."""
         return ", ".join(f"{name} at least {bound:+g} sd" for name, bound in self.reward.at_least.items())

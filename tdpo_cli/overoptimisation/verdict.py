@@ -20,7 +20,7 @@ The rule, on the epochs' mean rewards:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,7 @@ def judges(rewards: Sequence[str], trained: str | None) -> list[str]:
 def read(rows: Sequence[Mapping[str, Any]], preset: Preset) -> Verdict:
     """The verdict on a run's metrics rows, all of them, in order."""
     if not preset.judges:
-        but = f" beside {_listed(preset.reward.at_least)}" if preset.reward.at_least else ""
+        but = f" beside {_listed(list(preset.reward.at_least))}" if preset.reward.at_least else ""
         return Verdict("unwatched", f"no other learned reward is watched{but}: nothing to compare with (reward.watch)")
     trained, others = standardised(rows, [preset.trained]), standardised(rows, preset.judges)
     known = [i for i, pair in enumerate(zip(trained, others, strict=True)) if None not in pair]
@@ -65,8 +65,7 @@ def read(rows: Sequence[Mapping[str, Any]], preset: Preset) -> Verdict:
 
 
 def _judge(epochs: Sequence[int], trained: Sequence[float], others: Sequence[float], doubt: tuple[int, str] | None, preset: Preset) -> Verdict:
-    name, without = preset.trained_words, preset.reward.at_least
-    watched = f"others without {_listed(without)}" if without else "others"
+    name, watched = preset.trained_words, without(preset.reward.at_least)
     smooth_trained, smooth_others = averaged(trained), averaged(others)
     margin_trained, margin_others = margin(trained), margin(others)
     peak = max(range(len(smooth_others)), key=smooth_others.__getitem__)
@@ -91,9 +90,14 @@ def _judge(epochs: Sequence[int], trained: Sequence[float], others: Sequence[flo
     return Verdict(kind, f"{changes}: {kind}", None, gained, others_gained)
 
 
-def _listed(constraints: Sequence[str]) -> str:
-    """a and b, which constrain"""
+def without(constraints: Iterable[str]) -> str:
+    """What judges, in words: `others`, or `others without a, which constrains,`."""
     names = list(constraints)
+    return f"others without {_listed(names)}" if names else "others"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """a and b, which constrain,"""
     return f"{' and '.join(names)}, which constrain{'s' if len(names) == 1 else ''},"
 
 

@@ -30,10 +30,12 @@ def write(folder: Path, file: Path | None = None) -> dict[str, Any]:
     """
     run = RunDir(folder)
     preset = run.read_preset()
-    rows = [{key: finite(value) for key, value in row.items()} for row in run.read_metrics()]
+    clean = lambda value: [finite(one) for one in value] if isinstance(value, list) else finite(value)
+    rows = [{key: clean(value) for key, value in row.items()} for row in run.read_metrics()]
     judged = verdict.read(rows, preset)
     file = file or folder / "report.html"
-    html.save(page.render(folder, rows, judged, {name: verdict.rise(rows, name) for name in preset.rewards}), file)
+    rises = {name: verdict.rise(rows, name) for name in dict.fromkeys((preset.trained, *preset.rewards))}
+    html.save(page.render(folder, rows, judged, rises), file)
     return {
         "run": str(folder), "report": str(file), "bytes": file.stat().st_size, "epochs": len(rows), "epochs_planned": preset.run.epochs,
         "verdict": judged.as_dict(),

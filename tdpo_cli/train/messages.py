@@ -71,7 +71,7 @@ def epoch_line(row: dict[str, Any], first: dict[str, Any], preset: Preset) -> st
 
 def drift_line(rows: Sequence[dict[str, Any]], preset: Preset) -> str | None:
     """A warning after the run's first epoch whose ratios were not 1 before the first optimizer step; None after all others."""
-    limit = max(preset.update.clip_range / 10, 2e-5)
+    limit = preset.drift_limit
     *before, now = (row.get("ratio_drift") or 0.0 for row in rows)
     if now <= limit or any(drift > limit for drift in before):
         return None

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tdpo_cli.algorithms import ACTS_ON, ALGORITHMS, Facts
-from tdpo_cli.config.fields import SettingError, accepts_none, convert, knob, said, suggest, type_name
+from tdpo_cli.config.fields import SettingError, accepts_none, convert, knob, named, said, suggest, type_name
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -288,6 +288,8 @@ class Preset:
 
 
 GROUP_SIZE = 8
+# what may change when a run goes on
+RESUMABLE = ("run.epochs", "run.save_every", "run.keep_last", "run.stop_on_overoptimisation", "run.trackers", "run.memory_limit")
 TRACKERS = ("tensorboard", "wandb")
 SECTIONS: dict[str, type] = {
     "model": Model, "rollout": Rollout, "sampling": Sampling, "reward": Reward, "algorithm": Algorithm, "update": Update, "run": Run,
@@ -314,7 +316,7 @@ def locate(name_or_path: str) -> Path:
         return path
     if name_or_path in names():
         return folder() / f"{name_or_path}.toml"
-    raise SettingError(f"unknown preset {name_or_path!r}.{suggest(name_or_path, names())} `tdpo presets` lists them.")
+    raise SettingError(f"unknown preset {named(name_or_path)!r}.{suggest(name_or_path, names())} `tdpo presets` lists them.")
 
 
 def load(name_or_path: str, overrides: Sequence[tuple[str, Any]] = ()) -> Preset:
@@ -337,6 +339,15 @@ def load(name_or_path: str, overrides: Sequence[tuple[str, Any]] = ()) -> Preset
     return preset
 
 
+def custom_rewards(name_or_path: str | None, overrides: Sequence[tuple[str, Any]]) -> tuple[str, ...]:
+    """The rewards that a command line names: by its overrides, and by its preset, unless that is a preset.json, which a run wrote."""
+    named = [override for override in overrides if override[0] in ("reward.train", "reward.watch")]
+    found = override(Preset(), named).rewards if named else ()
+    if name_or_path is not None and Path(name_or_path).suffix != ".json":
+        found += load(name_or_path).rewards
+    return found
+
+
 def without_effect(preset: Preset) -> list[str]:
     """The settings that are not at their default and that the preset's algorithm does not read."""
     changed = {key for key, _, _ in differences(Preset(), preset)}
@@ -347,7 +358,7 @@ def from_dict(table: Mapping[str, Any], where: str) -> Preset:
     sections = {}
     for section, keys in table.items():
         if section not in SECTIONS:
-            raise SettingError(f"{where}: unknown section [{section}].{suggest(section, SECTIONS)}")
+            raise SettingError(f"{where}: unknown section [{named(section)}].{suggest(section, SECTIONS)}")
         if not isinstance(keys, Mapping):
             raise SettingError(f"{where}: [{section}] must be a table of keys, not {said(keys)}.")
         sections[section] = _section(section, keys, where)
@@ -361,7 +372,7 @@ def override(preset: Preset, overrides: Sequence[tuple[str, Any]], where: str = 
         section, _, name = key.partition(".")
         if section not in SECTIONS or not name:
             known = [f"{s}.{f.name}" for s, cls in SECTIONS.items() for f in dataclasses.fields(cls)]
-            raise SettingError(f"{where}: unknown key {key}.{suggest(key, known)}")
+            raise SettingError(f"{where}: unknown key {named(key)}.{suggest(key, known)}")
         name, _, entry = name.partition(".")
         if entry and section == "reward" and name == "checkpoints":
             table[section][name][entry] = value
@@ -403,12 +414,18 @@ def as_toml(preset: Preset) -> str:
         lines.append(f"[{section}]")
         for key, value in keys.items():
             if isinstance(value, dict):
-                inner = ", ".join(f"{json.dumps(k)} = {json.dumps(v)}" for k, v in value.items())
+                inner = ", ".join(f"{_toml(k)} = {_toml(v)}" for k, v in value.items())
                 lines.append(f"{key} = {{{inner}}}")
             else:
-                lines.append(f"# {key}: not set" if value is None else f"{key} = {json.dumps(value)}")
+                lines.append(f"# {key}: not set" if value is None else f"{key} = {_toml(value)}")
         lines.append("")
     return "\n".join(lines)
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML writes it: as JSON, but characters beyond 16 bits are not pairs, and what does not print is an escape."""
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(letter if letter.isprintable() else f"\\U{ord(letter):08x}" for letter in text)
 
 
 def describe() -> Iterator[tuple[str, str, Any, str]]:
@@ -452,7 +469,8 @@ def check(preset: Preset, where: str) -> Preset:
         )
     for tracker in preset.run.trackers:
         if tracker not in TRACKERS:
-            raise SettingError(f"{where}: run.trackers: unknown tracker {tracker!r}.{suggest(tracker, TRACKERS)} Known: {', '.join(TRACKERS)}.")
+            close = suggest(tracker, TRACKERS)
+            raise SettingError(f"{where}: run.trackers: unknown tracker {named(tracker)!r}.{close} Known: {', '.join(TRACKERS)}.")
     if preset.reward.min_count > preset.reward.buffer_size:
         raise SettingError(
             f"{where}: reward.min_count {preset.reward.min_count} is never reached with reward.buffer_size {preset.reward.buffer_size}."
@@ -500,7 +518,7 @@ def _section(section: str, keys: Mapping[str, Any], where: str) -> Any:
     for name, value in keys.items():
         if name not in fields:
             hint = suggest(name, fields, prefix=f"{section}.")
-            raise SettingError(f"{where}: unknown key {section}.{name}.{hint}")
+            raise SettingError(f"{where}: unknown key {section}.{named(name)}.{hint}")
         values[name] = convert(value, hints[name], fields[name].metadata, f"{where}: {section}.{name}")
     return cls(**values)
 

@@ -27,7 +27,7 @@ from tdpo_cli.models.family import Family
 from tdpo_cli.models.policy import Policy
 from tdpo_cli.models.settings import check_model
 from tdpo_cli.randomness import Randomness
-from tdpo_cli.storage.run_dir import RunDir
+from tdpo_cli.storage.run_dir import RunDir, check_weights
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # the files of a network's weights, without variant and suffix: diffusers', and transformers' (safetensors, pickle)
@@ -77,7 +77,9 @@ def _starting_point(model: Model) -> Model:
     path = Path(model.start_from)
     if not path.exists():
         raise RequestError(f"{path}: no such file or folder to start from. Give a LoRA file or folder, a checkpoint or a run.")
-    return replace(model, start_from=str(RunDir(path).checkpoint() if RunDir(path).holds_a_run else path))
+    path = RunDir(path).checkpoint() if RunDir(path).holds_a_run else path
+    check_weights(path)
+    return replace(model, start_from=str(path))
 
 
 def _settle(family: Family, device: torch.device) -> None:

@@ -30,7 +30,7 @@ def write(folder: Path, file: Path | None = None) -> dict[str, Any]:
     """
     run = RunDir(folder)
     preset = run.read_preset()
-    rows = [{key: finite(value) for key, value in row.items()} for row in run.read_metrics()]
+    rows = [{key: finite(value) for key, value in row.items()} for row in run.read_metrics(preset.rewards)]
     judged = verdict.read(rows, preset)
     file = file or folder / "report.html"
     html.save(page.render(folder, rows, judged, {name: verdict.rise(rows, name) for name in preset.rewards}), file)

@@ -27,6 +27,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "open_cl
 
 def save(job: Job, folder: RunDir, epoch: int, row: dict[str, Any], last: bool) -> None:
     """The order matters: a state on disk means that its metrics row and its checkpoint are there too."""
+    folder.still_there()
     run, digest = job.preset.run, job.preset.digest()
     preview(job, folder, f"epoch {epoch}", f"{epoch_name(epoch)}.png")
     folder.log(row)

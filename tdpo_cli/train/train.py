@@ -76,7 +76,7 @@ def _run(
     if world.is_main and resume:
         folder.take_back_metrics(first_epoch, warn)
     nothing_left = None
-    if world.from_main(bool(loaded) and world.is_main and verdict.should_stop(folder.read_metrics(), preset)):
+    if world.from_main(bool(loaded) and world.is_main and verdict.should_stop(folder.read_metrics(preset.rewards), preset)):
         nothing_left = f"stopped after epoch {first_epoch - 1} for over-optimising. To go on: --set run.stop_on_overoptimisation=none"
     elif first_epoch >= preset.run.epochs:
         nothing_left = f"all {preset.run.epochs} epochs are done."
@@ -96,7 +96,7 @@ def _run(
             folder.start(preset)
             console.log = out / "log.txt"
         else:
-            folder.write_preset(preset)
+            folder.change_preset(preset)
         folder.add_environment(saving.environment(job, first_epoch))
         _warn_about_long_prompts(job, console)
         console.pairs(messages.header(job, out, first_epoch), title=f"tdpo {__version__}: training with {preset.algorithm.name.upper()}")

@@ -60,10 +60,10 @@ class Console:
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
         # as Text: names may hold what rich would read as markup
         shown = lambda value: Text(printable(str(value)))
-        table = Table(
-            *map(shown, columns), title=None if title is None else shown(title), title_justify="left", title_style="bold", box=None, pad_edge=False,
-            padding=(0, 2, 0, 0),
-        )  # fmt: skip
+        table = Table(title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table.title = None if title is None else shown(title)
+        for column in columns:
+            table.add_column(shown(column))
         for row in rows:
             table.add_row(*map(shown, row))
         if not self.quiet:

@@ -194,8 +194,19 @@ def is_main() -> bool:
     return not is_worker() or os.environ["RANK"] == "0"
 
 
+def check_environment() -> None:
+    """RequestError unless a launcher's variables are whole numbers that fit each other."""
+    found = {name: os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    for name, text in found.items():
+        if not (text.isascii() and text.isdigit() and len(text) < 10):
+            raise RequestError(f"{name}={text}: expected a whole number, as torchrun sets it. Unset RANK, LOCAL_RANK and WORLD_SIZE to start alone.")
+    if int(found["RANK"]) >= int(found["WORLD_SIZE"]):
+        raise RequestError(f"RANK={found['RANK']} with WORLD_SIZE={found['WORLD_SIZE']}: a rank is below the number of processes.")
+
+
 def check_world(plan: Plan) -> None:
     """In a worker: whether as many were started as the command asks for. Raises RequestError."""
+    check_environment()
     if int(os.environ["WORLD_SIZE"]) != plan.world_size:
         wanted = f"{plan.world_size} workers" if plan.machines == 1 else f"{plan.machines} machines of {plan.workers} workers"
         raise RequestError(f"the command asks for {wanted}, but this process was started as one of {os.environ['WORLD_SIZE']} (WORLD_SIZE).")

@@ -60,6 +60,8 @@ def family_of(source: str, revision: str | None = None) -> FamilyEntry:
 def pipeline_class(source: str, content: dict) -> str:
     """The key of FAMILIES for a model_index.json. Raises RequestError."""
     name = content.get("_class_name", "?")
+    if not isinstance(name, str):
+        raise RequestError(f"{source}: its model_index.json names no pipeline class (_class_name is {str(name)[:60]}).")
     if name in FAMILIES:
         return name
     # Safe, img2img and other pipelines around the same networks; their UNet says whether it fits
@@ -105,7 +107,7 @@ def index(source: str, revision: str | None = None) -> dict:
         if not isinstance(content, dict):
             raise ValueError("expected a JSON object")
         return content
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RequestError(f"{file}: damaged: {error}. Copy or download the model again.") from None
 
 

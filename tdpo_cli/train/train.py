@@ -141,8 +141,12 @@ def _plan(preset: Preset, world: World, folder: RunDir, resume: bool) -> memory.
     if recorded and recorded[-1].get("memory_limit") == preset.run.memory_limit:
         before = recorded[-1]
         return memory.Plan(**before["plan"]) if "plan" in before else memory.Plan.of(before["micro_batch"])
-    free = torch.cuda.mem_get_info(world.device)[0] if gpu else memory.main_memory()[1]
-    limit = memory.limit(preset, free, gpu)
+    if gpu:
+        free = torch.cuda.mem_get_info(world.device)[0]
+    else:  # one number for all, which share it
+        free = world.from_main(memory.main_memory()[1])
+        free = None if free is None else free // world.size
+    limit = memory.limit(preset, free, gpu, world.size)
     if limit is not None:
         limit = int(world.min(torch.tensor(limit)))
     return memory.choose(preset, limit, world.size, gpu)

@@ -94,8 +94,16 @@ def train(
 
 def _check(preset: presets.Preset) -> None:
     """Whether all that a new run names is known, and its prompt files are there. Without torch. Raises RequestError."""
+    from tdpo_cli import models
     from tdpo_cli.train import trackers
 
+    models.check_source(models.resolve(preset.model.base))
+    if preset.model.start_from is not None and not Path(preset.model.start_from).exists():
+        raise RequestError(f"{preset.model.start_from}: no such file or folder to start from. Give a LoRA file or folder, a checkpoint or a run.")
+    for name in preset.rewards:
+        place = Path(name.rpartition(":")[0]).expanduser()
+        if place.suffix == ".py" and not place.is_file():
+            raise RequestError(f"custom reward {name!r}: there is no file {place.absolute()}")
     for name in (*preset.rewards, *preset.reward.checkpoints):
         rewards.check_name(name)
     for source in filter(None, (preset.rollout.prompts, preset.rollout.eval_prompts)):

@@ -7,6 +7,7 @@ the result. Standard library only, so that `--help` and `--dry-run` stay instant
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -331,7 +332,8 @@ def load(name_or_path: str, overrides: Sequence[tuple[str, Any]] = ()) -> Preset
         raise SettingError(f"{path}: cannot be read: {error.strerror}") from None
     if not isinstance(table, dict):
         raise SettingError(f"{path}: expected sections, got {said(table)}.")
-    preset = override(from_dict(table, where=path.name), overrides)
+    preset = from_dict(table, where=path.name)
+    preset = override(preset, overrides) if overrides else preset
     written = {key for key, _ in overrides}
     for key in without_effect(preset):
         if key in written:
@@ -431,7 +433,7 @@ def _toml(value: Any) -> str:
 def describe() -> Iterator[tuple[str, str, Any, str]]:
     """(section.key, type, default, meaning) of every setting, in order."""
     for section, cls in SECTIONS.items():
-        hints = typing.get_type_hints(cls)
+        hints = _hints(cls)
         for field in dataclasses.fields(cls):
             default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
             yield f"{section}.{field.name}", type_name(hints[field.name]), default, field.metadata["doc"]
@@ -510,9 +512,14 @@ def own_values(preset: Preset, recorded: Preset) -> Preset:
     return preset
 
 
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
 def _section(section: str, keys: Mapping[str, Any], where: str) -> Any:
     cls = SECTIONS[section]
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     values = {}
     for name, value in keys.items():
@@ -525,4 +532,4 @@ def _section(section: str, keys: Mapping[str, Any], where: str) -> Any:
 
 def _is_optional(key: str) -> bool:
     section, _, name = key.partition(".")
-    return section in SECTIONS and accepts_none(typing.get_type_hints(SECTIONS[section]).get(name))
+    return section in SECTIONS and accepts_none(_hints(SECTIONS[section]).get(name))

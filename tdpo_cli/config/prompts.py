@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tdpo_cli.config.fields import suggest
 from tdpo_cli.errors import RequestError, first_line
+from tdpo_cli.storage import disk
 
 # the list that DDPO published for its animal experiments
 ANIMALS = (
@@ -57,7 +58,10 @@ def from_arguments(arguments: list[str]) -> list[str]:
     prompts: list[str] = []
     for argument in arguments:
         if argument == "-":
-            prompts += _lines(sys.stdin.read())
+            try:
+                prompts += _lines(sys.stdin.read())
+            except UnicodeDecodeError as error:
+                raise RequestError(f"standard input: not UTF-8 text: {error}") from None
         elif Path(argument).suffix in (".txt", ".jsonl", ".csv"):
             prompts += read_file(Path(argument))
         else:
@@ -70,10 +74,10 @@ def from_arguments(arguments: list[str]) -> list[str]:
 def read_file(path: Path) -> list[str]:
     """One prompt a line (.txt), or the `prompt` column (.jsonl, .csv). Raises RequestError."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = disk.read_bytes(path).decode("utf-8-sig")
     except FileNotFoundError:
         raise RequestError(f"{path}: no such prompt file.") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise RequestError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     prompts = _lines(text) if path.suffix not in (".jsonl", ".csv") else _column(path, text)
     if not prompts:
@@ -87,6 +91,7 @@ def _column(path: Path, text: str) -> list[str]:
         prompts = [row["prompt"] for row in rows]
         if not all(isinstance(prompt, str) for prompt in prompts):
             raise TypeError("a prompt is not a string")
+        "".join(prompts).encode("utf-8")  # half characters, which JSON can write and no other file can hold
     except (KeyError, TypeError) as error:
         raise RequestError(f"{path}: every row needs a `prompt` ({error}).") from None
     except (ValueError, csv.Error, RecursionError) as error:

@@ -111,6 +111,13 @@ def index(source: str, revision: str | None = None) -> dict:
         raise RequestError(f"{file}: damaged: {error}. Copy or download the model again.") from None
 
 
+def check_source(source: str) -> None:
+    """RequestError for a base model that is neither on this disk nor has the form of a hub id."""
+    folder = Path(source)
+    if not folder.exists() and (folder.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1):
+        raise RequestError(f"{source}: no such model folder, and not a hub id (owner/name) either.")
+
+
 def _index_file(source: str, revision: str | None) -> Path:
     folder = Path(source)
     if folder.is_dir():
@@ -124,8 +131,7 @@ def _index_file(source: str, revision: str | None) -> Path:
             f"{folder}: a single file, expected a diffusers folder. Convert it once, in Python: "
             f"diffusers.StableDiffusionPipeline.from_single_file({str(folder)!r}).save_pretrained(FOLDER)"
         )
-    if folder.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
-        raise RequestError(f"{source}: no such model folder, and not a hub id (owner/name) either.")
+    check_source(source)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

@@ -83,7 +83,7 @@ def _weights(path: Path, settings: Preset, name: str) -> Source:
 
 
 def _settings(preset: str | None, overrides: Sequence[tuple[str, Any]]) -> Preset:
-    return presets.load(preset or "quickstart", overrides)
+    return presets.load("quickstart" if preset is None else preset, overrides)
 
 
 def _with_base(settings: Preset, base: str) -> Preset:

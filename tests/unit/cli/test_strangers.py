@@ -230,7 +230,7 @@ def as_version_0_1(run):
     """States whose manifests carry the whole preset's digest and nothing else."""
     for file in run.glob("state/*/manifest.json"):
         content = json.loads(file.read_text())
-        del content["settings"]
+        content.pop("settings", None)
         file.write_text(json.dumps(content))
 
 
@@ -310,6 +310,17 @@ def test_an_argument_that_is_not_text_is_refused(arguments, tmp_path, monkeypatc
 )
 def test_a_path_that_no_file_can_have_is_refused(command):
     assert refused(*("x" * 300 if word == "LONG" else word for word in command))
+
+
+@pytest.mark.parametrize(
+    "setting", ["model.base=./nowhere", "model.start_from=nowhere", "reward.train=nowhere.py:f", "rollout.eval_prompts=nowhere.txt"]
+)
+def test_a_dry_run_checks_what_it_names(setting):
+    assert "nowhere" in refused("train", "--dry-run", "--set", setting)
+
+
+def test_an_empty_preset_name_is_not_the_default():
+    assert "unknown preset ''" in refused("train", "--preset", "")
 
 
 def test_processes_without_numbers_are_refused(monkeypatch):

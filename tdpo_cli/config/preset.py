@@ -281,7 +281,7 @@ class Preset:
         return self.rollout.samples_per_epoch * self.run.epochs
 
     def as_dict(self) -> dict[str, Any]:
-        return json.loads(json.dumps(dataclasses.asdict(self)))  # tuples become lists, as in TOML and JSON
+        return json.loads(json.dumps({name: vars(getattr(self, name)) for name in SECTIONS}))  # tuples become lists, as in TOML and JSON
 
     def digest(self) -> str:
         """SHA-256 of the resolved preset; manifests carry it."""

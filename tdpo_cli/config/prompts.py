@@ -9,7 +9,6 @@ from pathlib import Path
 
 from tdpo_cli.config.fields import suggest
 from tdpo_cli.errors import RequestError, first_line
-from tdpo_cli.storage import disk
 
 # the list that DDPO published for its animal experiments
 ANIMALS = (
@@ -73,11 +72,13 @@ def from_arguments(arguments: list[str]) -> list[str]:
 
 def read_file(path: Path) -> list[str]:
     """One prompt a line (.txt), or the `prompt` column (.jsonl, .csv). Raises RequestError."""
+    if path.exists() and not path.is_file():  # a pipe without a writer would be waited for
+        raise RequestError(f"{path}: cannot be read as UTF-8 text: not a regular file")
     try:
-        text = disk.read_bytes(path).decode("utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise RequestError(f"{path}: no such prompt file.") from None
-    except UnicodeDecodeError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     prompts = _lines(text) if path.suffix not in (".jsonl", ".csv") else _column(path, text)
     if not prompts:

@@ -178,7 +178,43 @@ def test_a_manifest_that_lists_files_elsewhere_is_damaged(name, run):
 def test_a_damaged_file_of_a_run_is_named(name, content, run):
     (run / name).write_bytes(content)
     message = refused("report", "run")
-    assert name in message and "damaged" in message or "sections" in message, message
+    assert name in message and "damaged" in message
+
+
+@pytest.mark.parametrize("value", [["x"], 3, None])
+def test_a_model_folder_without_a_pipeline_class_is_named(value, tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": value}))
+    with pytest.raises(RequestError, match="names no pipeline class"):
+        models.family_of(str(tmp_path))
+
+
+def test_a_text_encoder_that_names_another_model_is_refused(tmp_path):
+    from tdpo_cli.models import loading
+
+    (tmp_path / "config.json").touch()
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(RequestError, match="makes the library load another model"):
+        loading._variants(tmp_path, torch.nn.Module)
+
+
+def test_a_prompt_that_looks_like_a_marker_does_not_cut_the_card(run, monkeypatch):
+    from tdpo_cli.report import model_card
+
+    folder = run / "checkpoints/epoch_0001"
+    text = f"# A card\n\nprompts `{model_card.BEGIN}`\n\nthe rest\n"
+    check_weights(folder)
+    disk.write_text(folder / "README.md", text)
+    monkeypatch.setattr(model_card, "_entry", lambda *arguments: {})
+    monkeypatch.setattr(model_card, "_cross_eval", lambda *arguments: "a table")
+    for _ in range(2):
+        assert model_card.add_cross_eval(folder, {}) is None
+    assert (folder / "README.md").read_text() == f"{text}\n{model_card.BEGIN}\na table\n{model_card.END}\n"
+
+
+def test_folders_that_are_not_epochs_are_passed_over(run):
+    (run / "state/epoch_\N{SUPERSCRIPT TWO}").mkdir()
+    (run / f"state/epoch_{'9' * 200}").mkdir()
+    assert RunDir(run).load_state()[0] == 1
 
 
 def test_epochs_that_do_not_ascend_are_damage(run):

@@ -35,9 +35,6 @@ def train(
     ] = None,
     gpus: options.GpusOption = None,
     processes: options.ProcessesOption = None,
-    machines: Annotated[int, typer.Option(min=1, metavar="M", help="The same command is started on M machines.")] = 1,
-    machine_rank: Annotated[Optional[int], typer.Option(min=0, metavar="R", help="Which of them this is; 0 writes the run folder.")] = None,
-    main_address: Annotated[Optional[str], typer.Option(metavar="HOST:PORT", help="Where machine 0 can be reached.")] = None,
     checkpoint: options.CheckpointOption = None,
     zoo: options.ZooOption = None,
     trust_rewards: options.TrustOption = False,
@@ -57,10 +54,11 @@ def train(
         "run.trackers": tracker, "run.memory_limit": memory_limit, "model.allow_distilled": allow_distilled or None,
     }  # fmt: skip
     overrides += [(key, value) for key, value in given.items() if value is not None]
+    resume = resume or launch.restarted()
     if resume and out is None:
         raise RequestError("--resume needs --out RUN: the folder of the run to continue.")
     # one and the same command serves the first start, which nothing has come of yet, and every restart
-    resume = resume and not (preset is not None and not RunDir(out).holds_a_run)
+    resume = resume and not ((preset is not None or launch.restarted()) and not RunDir(out).holds_a_run)
     if not trust_rewards and (resume or Path(preset or "").suffix == ".json"):
         recorded = RunDir(out).read_preset() if resume else presets.load(preset)
         rewards.check_trusted(recorded.rewards, presets.custom_rewards(preset, overrides), str(out / "preset.json") if resume else str(preset))
@@ -74,9 +72,7 @@ def train(
             Console(quiet=json_).warn(f"ignored with {resolved.algorithm.name}, on which they do not act: {', '.join(unused)}.")
     if dry_run:
         return _dry_run(resolved, json_)
-    workers = Workers.of(gpus, processes, machines, machine_rank, main_address)
-    if machines > 1 and out is None:
-        raise RequestError("--machines needs --out RUN, the same on every machine.")
+    workers = Workers.of(gpus, processes)
     if out is None:
         out = next_free(Path("runs"), Path(preset or "quickstart").stem)
     if launch.is_main() and not resume:

@@ -97,7 +97,7 @@ def _preset(name: str, preset: Preset, devices: list[dict[str, Any]]) -> dict[st
     gpu = used[0]["device"] != "cpu"
     at_least = min(memory.estimate(preset, count, plan, gpu) for plan in memory.ladder(preset, gpu))
     fits = limit is None or at_least < memory.MARGIN * limit
-    plan = memory.choose(preset, memory.limit(preset, limit, gpu) if fits else None, count, gpu)  # as training chooses it
+    plan = memory.choose(preset, memory.limit(preset, limit, gpu, count) if fits else at_least, count, gpu)  # as training chooses it
     files = _needed_files(preset)
     commands = required_files.commands(files)
     problems = [f"{sum(file.path is None for file in files)} files of {name} are missing"] if commands else []

@@ -33,6 +33,7 @@ def cross_eval(
     set_: options.SetOption = None,
     checkpoint: options.CheckpointOption = None,
     zoo: options.ZooOption = None,
+    trust_rewards: options.TrustOption = False,
     batch_size: Annotated[Optional[int], typer.Option(min=1, help="Images per network call [default: 16, or less from memory].")] = None,
     device: Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, ... [default: a GPU where there is one]")] = None,
     gpus: options.GpusOption = None,
@@ -47,7 +48,7 @@ def cross_eval(
     request = CrossEvalRequest(
         models=checkpoints, out=out or next_free(Path("cross-evals"), _name(checkpoints[0])), rewards=rewards, prompts=prompts,
         per_prompt=per_prompt, seed=seed, preset=preset, overrides=options.overrides(set_, checkpoint, zoo), epochs=epoch or (),
-        batch_size=batch_size, device=device or workers.device,
+        batch_size=batch_size, device=device or workers.device, trust_rewards=trust_rewards,
     )  # fmt: skip
     if launch.is_main():
         request.check()

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from tdpo_cli import rewards
 from tdpo_cli.cli import options
 from tdpo_cli.cli.workers import Workers
 from tdpo_cli.config import preset as presets
@@ -36,6 +37,7 @@ def train(
     processes: options.ProcessesOption = None,
     checkpoint: options.CheckpointOption = None,
     zoo: options.ZooOption = None,
+    trust_rewards: options.TrustOption = False,
     memory_limit: Annotated[
         Optional[str],
         typer.Option(metavar="SIZE|auto", help="Cut up the work so that a process stays below this, as 12GB. The result stays the same."),
@@ -52,10 +54,18 @@ def train(
         "run.trackers": tracker, "run.memory_limit": memory_limit, "model.allow_distilled": allow_distilled or None,
     }  # fmt: skip
     overrides += [(key, value) for key, value in given.items() if value is not None]
-    if resume := resume or launch.restarted():
-        resolved, out = _resumed(out, preset, overrides), Path(out or ".")
+    resume = resume or launch.restarted()
+    if resume and out is None:
+        raise RequestError("--resume needs --out RUN: the folder of the run to continue.")
+    # one and the same command serves the first start, which nothing has come of yet, and every restart
+    resume = resume and not ((preset is not None or launch.restarted()) and not RunDir(out).holds_a_run)
+    if not trust_rewards and (resume or Path(preset or "").suffix == ".json"):
+        recorded = RunDir(out).read_preset() if resume else presets.load(preset)
+        rewards.check_trusted(recorded.rewards, presets.custom_rewards(preset, overrides), str(out / "preset.json") if resume else str(preset))
+    if resume:
+        resolved = _resumed(out, preset, overrides)
     else:
-        resolved = presets.load(preset or "quickstart", overrides)
+        resolved = presets.load("quickstart" if preset is None else preset, overrides)
         _check(resolved)
         unused = presets.without_effect(resolved)
         if unused and launch.is_main():
@@ -80,9 +90,16 @@ def train(
 
 def _check(preset: presets.Preset) -> None:
     """Whether all that a new run names is known, and its prompt files are there. Without torch. Raises RequestError."""
-    from tdpo_cli import rewards
+    from tdpo_cli import models
     from tdpo_cli.train import trackers
 
+    models.check_source(models.resolve(preset.model.base))
+    if preset.model.start_from is not None and not Path(preset.model.start_from).exists():
+        raise RequestError(f"{preset.model.start_from}: no such file or folder to start from. Give a LoRA file or folder, a checkpoint or a run.")
+    for name in preset.rewards:
+        place = Path(name.rpartition(":")[0]).expanduser()
+        if place.suffix == ".py" and not place.is_file():
+            raise RequestError(f"custom reward {name!r}: there is no file {place.absolute()}")
     for name in (*preset.rewards, *preset.reward.checkpoints):
         rewards.check_name(name)
     for source in filter(None, (preset.rollout.prompts, preset.rollout.eval_prompts)):
@@ -90,23 +107,17 @@ def _check(preset: presets.Preset) -> None:
     trackers.check(preset.run.trackers)
 
 
-# what may change when a run goes on
-RESUMABLE = ("run.epochs", "run.save_every", "run.keep_last", "run.stop_on_overoptimisation", "run.trackers", "run.memory_limit", "run.shard")
-
-
-def _resumed(out: Path | None, preset: str | None, overrides: list[tuple[str, Any]]) -> presets.Preset:
+def _resumed(out: Path, preset: str | None, overrides: list[tuple[str, Any]]) -> presets.Preset:
     """The recorded preset with what was given explicitly; only RESUMABLE keys may differ. Raises RequestError."""
-    if out is None:
-        raise RequestError("--resume needs --out RUN: the folder of the run to continue.")
     recorded = RunDir(out).read_preset()
     wanted = presets.own_values(presets.load(preset, overrides), recorded) if preset else presets.override(recorded, overrides)
     differences = [
         f"  {key}: the run has {json.dumps(old)}, asked for {json.dumps(new)}"
         for key, old, new in presets.differences(recorded, wanted)
-        if key not in RESUMABLE
+        if key not in presets.RESUMABLE
     ]
     if differences:
-        raise RequestError(f"{out}: a resumed run keeps its preset (only {', '.join(RESUMABLE)} may change):\n" + "\n".join(differences))
+        raise RequestError(f"{out}: a resumed run keeps its preset (only {', '.join(presets.RESUMABLE)} may change):\n" + "\n".join(differences))
     return wanted
 
 

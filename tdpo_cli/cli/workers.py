@@ -39,6 +39,7 @@ class Workers:
         `any_launcher`: without --gpus and --processes torchrun and its kin decide how many workers there are. Raises RequestError, WorkError.
         """
         if launch.is_worker():
+            launch.check_environment()
             if self.asked or not any_launcher:
                 launch.check_world(self.plan)
             return

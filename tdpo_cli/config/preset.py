@@ -7,6 +7,7 @@ the result. Standard library only, so that `--help` and `--dry-run` stay instant
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tdpo_cli.algorithms import ACTS_ON, ALGORITHMS, Facts
-from tdpo_cli.config.fields import SettingError, accepts_none, convert, knob, said, suggest, type_name
+from tdpo_cli.config.fields import SettingError, accepts_none, convert, knob, named, said, suggest, type_name
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -321,7 +322,7 @@ class Preset:
         return self.rollout.samples_per_epoch * self.run.epochs
 
     def as_dict(self) -> dict[str, Any]:
-        return json.loads(json.dumps(dataclasses.asdict(self)))  # tuples become lists, as in TOML and JSON
+        return json.loads(json.dumps({name: vars(getattr(self, name)) for name in SECTIONS}))  # tuples become lists, as in TOML and JSON
 
     def digest(self) -> str:
         """SHA-256 of the resolved preset; manifests carry it."""
@@ -332,6 +333,8 @@ GROUP_SIZE = 8
 TRUE_REWARDS = frozenset({"gold"})  # what a verdict is judged by: shown, read by no verdict, never a constraint
 COMBINED = "combined"  # the curve of several training rewards together
 TABLES = ("checkpoints", "train_weights", "at_least")  # of [reward]
+# what may change when a run goes on
+RESUMABLE = ("run.epochs", "run.save_every", "run.keep_last", "run.stop_on_overoptimisation", "run.trackers", "run.memory_limit", "run.shard")
 TRACKERS = ("tensorboard", "wandb")
 SECTIONS: dict[str, type] = {
     "model": Model, "rollout": Rollout, "sampling": Sampling, "reward": Reward, "algorithm": Algorithm, "update": Update, "run": Run,
@@ -358,7 +361,7 @@ def locate(name_or_path: str) -> Path:
         return path
     if name_or_path in names():
         return folder() / f"{name_or_path}.toml"
-    raise SettingError(f"unknown preset {name_or_path!r}.{suggest(name_or_path, names())} `tdpo presets` lists them.")
+    raise SettingError(f"unknown preset {named(name_or_path)!r}.{suggest(name_or_path, names())} `tdpo presets` lists them.")
 
 
 def load(name_or_path: str, overrides: Sequence[tuple[str, Any]] = ()) -> Preset:
@@ -373,12 +376,22 @@ def load(name_or_path: str, overrides: Sequence[tuple[str, Any]] = ()) -> Preset
         raise SettingError(f"{path}: cannot be read: {error.strerror}") from None
     if not isinstance(table, dict):
         raise SettingError(f"{path}: expected sections, got {said(table)}.")
-    preset = override(from_dict(table, where=path.name), overrides)
+    preset = from_dict(table, where=path.name)
+    preset = override(preset, overrides) if overrides else preset
     written = {key for key, _ in overrides}
     for key in without_effect(preset):
         if key in written:
             raise SettingError(f"--set: {key} acts on {', '.join(ACTS_ON[key])} and not on {preset.algorithm.name}. Leave it out.")
     return preset
+
+
+def custom_rewards(name_or_path: str | None, overrides: Sequence[tuple[str, Any]]) -> tuple[str, ...]:
+    """The rewards that a command line names: by its overrides, and by its preset, unless that is a preset.json, which a run wrote."""
+    named = [override for override in overrides if override[0] in ("reward.train", "reward.watch")]
+    found = override(Preset(), named).rewards if named else ()
+    if name_or_path is not None and Path(name_or_path).suffix != ".json":
+        found += load(name_or_path).rewards
+    return found
 
 
 def without_effect(preset: Preset) -> list[str]:
@@ -391,7 +404,7 @@ def from_dict(table: Mapping[str, Any], where: str) -> Preset:
     sections = {}
     for section, keys in table.items():
         if section not in SECTIONS:
-            raise SettingError(f"{where}: unknown section [{section}].{suggest(section, SECTIONS)}")
+            raise SettingError(f"{where}: unknown section [{named(section)}].{suggest(section, SECTIONS)}")
         if not isinstance(keys, Mapping):
             raise SettingError(f"{where}: [{section}] must be a table of keys, not {said(keys)}.")
         sections[section] = _section(section, keys, where)
@@ -420,7 +433,7 @@ def override(preset: Preset, overrides: Sequence[tuple[str, Any]], where: str = 
         section, _, name = key.partition(".")
         if section not in SECTIONS or not name:
             known = [f"{s}.{f.name}" for s, cls in SECTIONS.items() for f in dataclasses.fields(cls)]
-            raise SettingError(f"{where}: unknown key {key}.{suggest(key, known)}")
+            raise SettingError(f"{where}: unknown key {named(key)}.{suggest(key, known)}")
         name, _, entry = name.partition(".")
         if entry and section == "reward" and name in TABLES and isinstance(table[section][name], dict):
             table[section][name][entry] = value
@@ -464,18 +477,24 @@ def as_toml(preset: Preset) -> str:
         lines.append(f"[{section}]")
         for key, value in keys.items():
             if isinstance(value, dict):
-                inner = ", ".join(f"{json.dumps(k)} = {json.dumps(v)}" for k, v in value.items())
+                inner = ", ".join(f"{_toml(k)} = {_toml(v)}" for k, v in value.items())
                 lines.append(f"{key} = {{{inner}}}")
             else:
-                lines.append(f"# {key}: not set" if value is None else f"{key} = {json.dumps(value)}")
+                lines.append(f"# {key}: not set" if value is None else f"{key} = {_toml(value)}")
         lines.append("")
     return "\n".join(lines)
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML writes it: as JSON, but characters beyond 16 bits are not pairs, and what does not print is an escape."""
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(letter if letter.isprintable() else f"\\U{ord(letter):08x}" for letter in text)
 
 
 def describe() -> Iterator[tuple[str, str, Any, str]]:
     """(section.key, type, default, meaning) of every setting, in order."""
     for section, cls in SECTIONS.items():
-        hints = typing.get_type_hints(cls)
+        hints = _hints(cls)
         for field in dataclasses.fields(cls):
             default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
             yield f"{section}.{field.name}", type_name(hints[field.name]), default, field.metadata["doc"]
@@ -513,7 +532,8 @@ def check(preset: Preset, where: str) -> Preset:
         )
     for tracker in preset.run.trackers:
         if tracker not in TRACKERS:
-            raise SettingError(f"{where}: run.trackers: unknown tracker {tracker!r}.{suggest(tracker, TRACKERS)} Known: {', '.join(TRACKERS)}.")
+            close = suggest(tracker, TRACKERS)
+            raise SettingError(f"{where}: run.trackers: unknown tracker {named(tracker)!r}.{close} Known: {', '.join(TRACKERS)}.")
     if preset.reward.min_count > preset.reward.buffer_size:
         raise SettingError(
             f"{where}: reward.min_count {preset.reward.min_count} is never reached with reward.buffer_size {preset.reward.buffer_size}."
@@ -579,19 +599,24 @@ def own_values(preset: Preset, recorded: Preset) -> Preset:
     return preset
 
 
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
 def _section(section: str, keys: Mapping[str, Any], where: str) -> Any:
     cls = SECTIONS[section]
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     values = {}
     for name, value in keys.items():
         if name not in fields:
             hint = suggest(name, fields, prefix=f"{section}.")
-            raise SettingError(f"{where}: unknown key {section}.{name}.{hint}")
+            raise SettingError(f"{where}: unknown key {section}.{named(name)}.{hint}")
         values[name] = convert(value, hints[name], fields[name].metadata, f"{where}: {section}.{name}")
     return cls(**values)
 
 
 def _is_optional(key: str) -> bool:
     section, _, name = key.partition(".")
-    return section in SECTIONS and accepts_none(typing.get_type_hints(SECTIONS[section]).get(name))
+    return section in SECTIONS and accepts_none(_hints(SECTIONS[section]).get(name))

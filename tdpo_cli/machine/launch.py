@@ -179,6 +179,16 @@ def is_main() -> bool:
     return not is_worker() or os.environ["RANK"] == "0"
 
 
+def check_environment() -> None:
+    """RequestError unless a launcher's variables are whole numbers that fit each other."""
+    found = {name: os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    for name, text in found.items():
+        if not (text.isascii() and text.isdigit() and len(text) < 10):
+            raise RequestError(f"{name}={text}: expected a whole number, as torchrun sets it. Unset RANK, LOCAL_RANK and WORLD_SIZE to start alone.")
+    if int(found["RANK"]) >= int(found["WORLD_SIZE"]):
+        raise RequestError(f"RANK={found['RANK']} with WORLD_SIZE={found['WORLD_SIZE']}: a rank is below the number of processes.")
+
+
 def restarted() -> bool:
     """Whether torchrun started this worker again after a failure (`--max-restarts`): the run then continues by itself."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
@@ -186,6 +196,7 @@ def restarted() -> bool:
 
 def check_world(plan: Plan) -> None:
     """In a worker: whether as many were started as the command asks for. Raises RequestError."""
+    check_environment()
     if os.environ["WORLD_SIZE"] != str(plan.workers):
         raise RequestError(
             f"the command asks for {plan.workers} workers, but this process was started as one of {os.environ['WORLD_SIZE']} (WORLD_SIZE)."

@@ -60,6 +60,8 @@ def family_of(source: str, revision: str | None = None) -> FamilyEntry:
 def pipeline_class(source: str, content: dict) -> str:
     """The key of FAMILIES for a model_index.json. Raises RequestError."""
     name = content.get("_class_name", "?")
+    if not isinstance(name, str):
+        raise RequestError(f"{source}: its model_index.json names no pipeline class (_class_name is {str(name)[:60]}).")
     if name in FAMILIES:
         return name
     # Safe, img2img and other pipelines around the same networks; their UNet says whether it fits
@@ -105,8 +107,15 @@ def index(source: str, revision: str | None = None) -> dict:
         if not isinstance(content, dict):
             raise ValueError("expected a JSON object")
         return content
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RequestError(f"{file}: damaged: {error}. Copy or download the model again.") from None
+
+
+def check_source(source: str) -> None:
+    """RequestError for a base model that is neither on this disk nor has the form of a hub id."""
+    folder = Path(source)
+    if not folder.exists() and (folder.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1):
+        raise RequestError(f"{source}: no such model folder, and not a hub id (owner/name) either.")
 
 
 def _index_file(source: str, revision: str | None) -> Path:
@@ -122,8 +131,7 @@ def _index_file(source: str, revision: str | None) -> Path:
             f"{folder}: a single file, expected a diffusers folder. Convert it once, in Python: "
             f"diffusers.StableDiffusionPipeline.from_single_file({str(folder)!r}).save_pretrained(FOLDER)"
         )
-    if folder.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
-        raise RequestError(f"{source}: no such model folder, and not a hub id (owner/name) either.")
+    check_source(source)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

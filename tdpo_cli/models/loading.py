@@ -27,7 +27,7 @@ from tdpo_cli.models.family import Family
 from tdpo_cli.models.policy import Policy
 from tdpo_cli.models.settings import check_model
 from tdpo_cli.randomness import Randomness
-from tdpo_cli.storage.run_dir import RunDir
+from tdpo_cli.storage.run_dir import RunDir, check_weights
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # the files of a network's weights, without variant and suffix: diffusers', and transformers' (safetensors, pickle)
@@ -83,7 +83,9 @@ def _starting_point(model: Model) -> Model:
     path = Path(model.start_from)
     if not path.exists():
         raise RequestError(f"{path}: no such file or folder to start from. Give a LoRA file or folder, a checkpoint or a run.")
-    return replace(model, start_from=str(RunDir(path).checkpoint() if RunDir(path).holds_a_run else path))
+    path = RunDir(path).checkpoint() if RunDir(path).holds_a_run else path
+    check_weights(path)
+    return replace(model, start_from=str(path))
 
 
 def _settle(family: Family, device: torch.device, waits: bool = False) -> None:
@@ -200,8 +202,8 @@ def named_vae(cls: type, key: str, name: str, dtype: torch.dtype) -> nn.Module:
 
 def _class_of(source: str, name: str, entry: list[str]) -> type:
     """The class of one line of model_index.json: only of the two libraries, so that no folder can name code to import."""
-    library, class_name = entry
-    kind = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), str(class_name), None)
+    library, class_name = entry if len(entry) == 2 else (None, None)
+    kind = getattr({"diffusers": diffusers, "transformers": transformers}.get(str(library)), str(class_name), None)
     if not isinstance(kind, type):
         raise RequestError(
             f"{source}: its model_index.json names {library}.{class_name} for {name}, which is not known. A newer library may have it."
@@ -257,6 +259,8 @@ def _variants(folder: Path, cls: type) -> tuple[str | None, ...]:
         raise RequestError(f"{folder.parent}: incomplete, there is no {folder.name}/. Copy or download the whole model folder.")
     if not (folder / "config.json").is_file():
         raise RequestError(f"{folder}: config.json is missing. Copy or download the whole model folder.")
+    if (folder / "adapter_config.json").exists():
+        raise RequestError(f"{folder / 'adapter_config.json'}: makes the library load another model than this one. Remove it.")
     stems = TRANSFORMERS_STEMS if issubclass(cls, PreTrainedModel) else DIFFUSERS_STEMS
     names = [path.name for path in folder.iterdir()]
     weights = [name for name in names if name.startswith(stems) and (".safetensors" in name or ".bin" in name)]

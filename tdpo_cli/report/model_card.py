@@ -87,11 +87,12 @@ def add_cross_eval(folder: Path, result: Mapping[str, Any], name: str | None = N
         return f"{folder}: this checkpoint is not among the models of the cross-evaluation."
     try:
         card = (folder / "README.md").read_text(encoding="utf-8")
-        before, _, rest = card.partition(BEGIN)
+        # the marker as a line of its own: a prompt in the card may hold the same words
+        before, _, rest = card.partition(f"\n{BEGIN}\n")
         after = rest.partition(END)[2].lstrip("\n") if rest else ""
         section = f"{BEGIN}\n{_cross_eval(model, result)}\n{END}\n"
         run_dir.rewrite(folder, "README.md", f"{before.rstrip()}\n\n{section}" + (f"\n{after}" if after else ""))
-    except (OSError, ValueError, KeyError, WorkError) as error:
+    except (OSError, ValueError, KeyError, TypeError, WorkError) as error:
         return f"{folder}: its model card stays without the cross-evaluation: {error}"
     return None
 
@@ -136,7 +137,15 @@ def _reward_rows(preset: Preset, rows: Sequence[Mapping[str, Any]]) -> list[tupl
     table = []
     for name in preset.rewards:
         rise = verdict.rise(rows, name)
-        role = "trained" if name in preset.weights else "constraint" if name in preset.reward.at_least else "watched, the truth" if name in verdict.TRUE_REWARDS else "watched"
+        role = (
+            "trained"
+            if name in preset.weights
+            else "constraint"
+            if name in preset.reward.at_least
+            else "watched, the truth"
+            if name in verdict.TRUE_REWARDS
+            else "watched"
+        )
         table.append((f"`{_short(name)}`", role, number(rows[0], name), number(rows[-1], name), "-" if rise is None else f"{rise:+.2f} sd"))
     return table
 

@@ -64,8 +64,9 @@ def compare(folders: Sequence[Path], out: Path | None, console: Console) -> dict
 def _read(folder: Path) -> tuple[Preset, list[dict[str, Any]]]:
     """The run's preset and its metrics, without what is not finite."""
     run = RunDir(folder)
+    preset = run.read_preset()
     clean = lambda value: [finite(one) for one in value] if isinstance(value, list) else finite(value)
-    return run.read_preset(), [{key: clean(value) for key, value in row.items()} for row in run.read_metrics()]
+    return preset, [{key: clean(value) for key, value in row.items()} for row in run.read_metrics(preset.rewards)]
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:

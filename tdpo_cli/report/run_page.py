@@ -136,9 +136,7 @@ def _table_of_rewards(rows: Rows, preset: Preset, rises: Mapping[str, float | No
         best = max(((value, row["epoch"]) for value, row in zip(means, rows, strict=True) if value is not None), default=None)
         highest = "–" if best is None else f"{short(best[0])} <small>at epoch {best[1]}</small>"
         rise = f"{signed(rises[name])} sd" if rises.get(name) is not None else "–"
-        cells.append(
-            (f"{escape(name)} <small>{escape(_role(name, preset))}</small>", f"<b>{rise}</b>", short(means[0]), short(means[-1]), highest)
-        )
+        cells.append((f"{escape(name)} <small>{escape(_role(name, preset))}</small>", f"<b>{rise}</b>", short(means[0]), short(means[-1]), highest))
     head = ("reward", "rise", f"epoch {rows[0]['epoch']}", f"epoch {rows[-1]['epoch']}", "highest")
     note = "Rise: mean of the last fifth of the epochs minus mean of the first fifth, divided by epoch 0's standard deviation."
     return table(head, cells, "Rewards") + f"<p class=note>{note}</p>"

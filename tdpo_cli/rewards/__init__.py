@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tdpo_cli.errors import RewardError
+from tdpo_cli.errors import RequestError, RewardError
 from tdpo_cli.sandbox import ZOO
 
 if TYPE_CHECKING:
@@ -65,6 +65,20 @@ def check_name(name: str) -> None:
     close = difflib.get_close_matches(name.lower(), _REWARDS, n=1, cutoff=0.4)
     suggestion = f" Did you mean {close[0]}?" if close else ""
     raise RewardError(f"unknown reward {name!r}.{suggestion} Built in: {', '.join(_REWARDS)}; your own: module:function or path/file.py:function.")
+
+
+def check_trusted(names: Iterable[str], named: Iterable[str], source: str) -> None:
+    """RequestError for a reward that is not built in and that only a file from elsewhere names: it runs that file's choice of code.
+
+    `named` are the rewards that the command line names, or a preset that it names; `source` is the file.
+    """
+    named = set(named)
+    for name in names:
+        if name not in _REWARDS and name not in named:
+            raise RequestError(
+                f"{source} names the reward {name!r}, which is not built in: it would run code that the run folder chooses. If you trust it, add "
+                "--trust-rewards, or name the same reward on the command line."
+            )
 
 
 def checkpoints(zoo: str | None, given: Mapping[str, str]) -> dict[str, str]:

@@ -5,6 +5,7 @@ The function takes (images [b,3,H,W] float in [0,1], prompts) and gives [b] numb
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import importlib
 import importlib.util
@@ -39,7 +40,13 @@ class FunctionReward:
 
         Raises RewardError where the function does not give one number per image.
         """
-        result = self.function(images, list(prompts))
+        with contextlib.redirect_stdout(sys.stderr):  # standard output belongs to --json
+            try:
+                result = self.function(images, list(prompts))
+            except SystemExit as error:
+                raise RewardError(f"reward {self.name} ended the program (sys.exit, status {error.code}); it should return [b] numbers") from error
+        if getattr(result, "is_complex", bool)():
+            raise RewardError(f"reward {self.name} gave complex numbers, expected [b] real ones")
         try:
             scores = torch.as_tensor(result, dtype=torch.float32, device=images.device).detach()
         except (TypeError, ValueError, RuntimeError) as error:
@@ -83,7 +90,7 @@ def _from_file(path: Path, spec: str) -> ModuleType:
     sys.path.insert(0, str(path.parent.absolute()))  # its neighbours can be imported, as when it is run as a script
     try:
         loader.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RewardError(f"custom reward {spec!r}: importing {path} failed: {type(error).__name__}: {error}") from error
     finally:
         sys.path.pop(0)
@@ -94,7 +101,7 @@ def _from_module(name: str, spec: str) -> ModuleType:
     sys.path.insert(0, os.getcwd())  # an installed command does not have it, unlike `python -m`
     try:
         return importlib.import_module(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RewardError(f"custom reward {spec!r}: importing {name} failed: {type(error).__name__}: {error}") from error
     finally:
         sys.path.pop(0)

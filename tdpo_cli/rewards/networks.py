@@ -154,6 +154,7 @@ class OpenClipBackbone(FrozenImageEncoder):
         config = files.read_json(config_path) if custom else {}
         # Not ViT-H-14-quickgelu: same shapes, other scores.
         model_config = config.get("model_cfg") if custom else open_clip.get_model_config("ViT-H-14")
+        _refuse_code(model_config, config_path)
         try:
             with files.building():
                 self.model = open_clip.CLIP(**model_config)
@@ -275,6 +276,24 @@ def _preprocessing(source: str | Path, image_size: int) -> tuple[Sequence[float]
         if sizes != {image_size}:
             raise RewardError(f"{path}: {name} is {entry}, but the network of config.json sees {image_size} pixels")
     return config.get("image_mean", OPENAI_MEAN), config.get("image_std", OPENAI_STD)
+
+
+def _refuse_code(model_config: Any, config_path: Path) -> None:
+    """RewardError for a config that names other models, or a tokenizer that is not in its folder or brings code of its own."""
+    text = model_config.get("text_cfg") if isinstance(model_config, dict) else None
+    if not isinstance(text, dict):
+        raise RewardError(f"{config_path} does not describe an open_clip CLIP: no text_cfg in model_cfg")
+    vision = model_config.get("vision_cfg")
+    wrong = [key for part in (text, vision if isinstance(vision, dict) else {}) for key in part if key.startswith(("hf_model", "hf_proj", "timm_"))]
+    if wrong:
+        raise RewardError(f"{config_path}: {wrong[0]} names another model, which is not loaded. Only open_clip's own towers are.")
+    if not text.get("hf_tokenizer_name"):
+        return
+    if not any((config_path.parent / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
+        raise RewardError(f"{config_path}: text_cfg.hf_tokenizer_name needs the tokenizer's files beside it; another place is not asked.")
+    for name in ("tokenizer_config.json", "config.json"):
+        if (config_path.parent / name).is_file() and "auto_map" in files.read_json(config_path.parent / name):
+            raise RewardError(f"{config_path.parent / name}: auto_map names Python of that folder, which is not run. Remove it.")
 
 
 def _open_clip_tokenizer(text_config: Mapping[str, Any], config_path: Path) -> Callable[[list[str]], Tensor]:

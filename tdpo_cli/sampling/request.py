@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ class SampleRequest:
 
     def check(self) -> None:
         """What can be said without torch. Raises RequestError."""
+        if not math.isfinite(self.lora_scale):
+            raise RequestError(f"--lora-scale {self.lora_scale}: expected a finite number.")
         out = self.folder(self.source())
         if (out / "metadata.jsonl").exists():
             raise RequestError(f"{out} already holds samples; choose another --out.")

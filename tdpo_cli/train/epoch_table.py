@@ -1,12 +1,12 @@
 """The table that a run prints while it trains: one line per epoch, at most 80 columns wide.
 
-    epoch  the epoch, counted from 0, of the run's last
-    NAME   mean of the trained reward, on its own scale
-    rise   its change since epoch 0, in standard deviations of epoch 0
-    NAME   the same change for each watched reward; one column `others`, their mean, where they do not fit
-    kl     approximate KL divergence between the policies before and after the update
-    clip   share of the probability ratios that were clipped
-    time   seconds of the epoch
+epoch  the epoch, counted from 0, of the run's last
+NAME   mean of the trained reward, on its own scale
+rise   its change since epoch 0, in standard deviations of epoch 0
+NAME   the same change for each watched reward; one column `others`, their mean, where they do not fit
+kl     approximate KL divergence between the policies before and after the update
+clip   share of the probability ratios that were clipped
+time   seconds of the epoch
 """
 
 from __future__ import annotations

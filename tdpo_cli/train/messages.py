@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tdpo_cli.console import Console, duration, significant, size
 from tdpo_cli.errors import RequestError
 from tdpo_cli.machine import memory
 from tdpo_cli.overoptimisation import verdict
-from tdpo_cli.storage.run_dir import RunDir
+from tdpo_cli.storage.run_dir import RunDir, epochs_in
 from tdpo_cli.train.state import Job
 
 
@@ -71,7 +72,7 @@ def _shown(score: float | None) -> str:
 
 def summary(preset: Preset, folder: RunDir, seconds: float) -> dict[str, Any]:
     """What came out, for --json and for the closing lines."""
-    rows = folder.read_metrics()
+    rows = folder.read_metrics(preset.rewards)
     if not rows:
         raise RequestError(f"{folder.path}: no finished epoch there.")
     rewards = {
@@ -84,7 +85,7 @@ def summary(preset: Preset, folder: RunDir, seconds: float) -> dict[str, Any]:
         "run": str(folder.path), "epochs": len(rows), "rewards": rewards, "trained": preset.trained_words,
         "verdict": {"kind": finding.kind, "sentence": finding.sentence, "since": finding.since},
         "stopped": len(rows) < preset.run.epochs and verdict.should_stop(rows, preset),
-        "checkpoint": str(folder.checkpoint()), "best_checkpoint": None if best is None else str(folder.checkpoint(best)),
+        "checkpoint": str(epochs_in(folder.path / "checkpoints")[-1]), "best_checkpoint": None if best is None else str(folder.checkpoint(best)),
         "seconds": seconds, "peak_memory_bytes": rows[-1]["peak_memory_bytes"],
     }  # fmt: skip
 
@@ -110,11 +111,12 @@ def closing(report: dict[str, Any], preset: Preset, console: Console) -> None:
     if report["best_checkpoint"] not in (None, report["checkpoint"]):
         places.insert(1, ("best by the watched rewards", report["best_checkpoint"]))
     console.pairs(places, title="where things are")
-    prompt = prompts.load(preset.rollout.prompts)[0]
+    prompt, run = shlex.quote(prompts.load(preset.rollout.prompts)[0]), shlex.quote(run)
     console.say()
     console.say("what to try next", style="bold")
     console.say(f"  tdpo cross-eval {run}        # base model and checkpoints on held-out prompts: better, or cheating?")
-    console.say(f'  tdpo sample {run} "{prompt}" --per-prompt 8')
+    console.say(f"  tdpo sample {run} {prompt} --per-prompt 8")
     console.say(f"  tdpo train --resume --out {run} --epochs {preset.run.epochs * 2}        # train on")
+    preset_file = shlex.quote(f"{report['run']}/preset.json")
     others = [name for name in ALGORITHMS if name != preset.algorithm.name]
-    console.say(f"  tdpo train --preset {run}/preset.json --algorithm {others[0]}        # the same with another algorithm")
+    console.say(f"  tdpo train --preset {preset_file} --algorithm {others[0]}        # the same with another algorithm")

@@ -19,7 +19,7 @@ from tdpo_cli.randomness import Randomness
 from tdpo_cli.report.model_card import model_card
 from tdpo_cli.sampling import grid
 from tdpo_cli.sampling.generate import generate
-from tdpo_cli.storage.run_dir import RunDir, epoch_name
+from tdpo_cli.storage.run_dir import RunDir
 from tdpo_cli.train.state import Job
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "numpy", "pillow")
@@ -27,6 +27,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "open_cl
 
 def save(job: Job, folder: RunDir, epoch: int, row: dict[str, Any], last: bool) -> None:
     """The order matters: a state on disk means that its metrics row and its checkpoint are there too. On the main process."""
+    folder.still_there()
     run, digest = job.preset.run, job.preset.digest()
     folder.log(row)
     if (epoch + 1) % run.save_every == 0 or last:

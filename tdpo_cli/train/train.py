@@ -33,6 +33,7 @@ def run(preset: Preset, out: Path, resume: bool, console: Console, device: str |
     if world.size > preset.rollout.samples_per_epoch:
         raise RequestError(f"{world.size} workers for rollout.samples_per_epoch {preset.rollout.samples_per_epoch}: each needs at least one sample.")
     folder = RunDir(out)
+    resume = world.from_main(resume)  # where nothing is finished yet, another process may have looked after the main one began
     if world.is_main and resume:
         folder.lock()
         console.log = out / "log.txt"
@@ -76,7 +77,7 @@ def _run(
     if world.is_main and resume:
         folder.take_back_metrics(first_epoch, warn)
     nothing_left = None
-    if world.from_main(bool(loaded) and world.is_main and verdict.should_stop(folder.read_metrics(), preset)):
+    if world.from_main(bool(loaded) and world.is_main and verdict.should_stop(folder.read_metrics(preset.rewards), preset)):
         nothing_left = f"stopped after epoch {first_epoch - 1} for over-optimising. To go on: --set run.stop_on_overoptimisation=none"
     elif first_epoch >= preset.run.epochs:
         nothing_left = f"all {preset.run.epochs} epochs are done."
@@ -96,7 +97,7 @@ def _run(
             folder.start(preset)
             console.log = out / "log.txt"
         else:
-            folder.write_preset(preset)
+            folder.change_preset(preset)
         folder.add_environment(saving.environment(job, first_epoch))
         _warn_about_long_prompts(job, console)
         console.pairs(messages.header(job, out, first_epoch), title=f"tdpo {__version__}: training with {preset.algorithm.name.upper()}")
@@ -149,8 +150,12 @@ def _plan(preset: Preset, world: World, folder: RunDir, resume: bool) -> memory.
     if recorded and recorded[-1].get("memory_limit") == preset.run.memory_limit:
         before = recorded[-1]
         return memory.Plan(**before["plan"]) if "plan" in before else memory.Plan.of(before["micro_batch"])
-    free = torch.cuda.mem_get_info(world.device)[0] if gpu else memory.main_memory()[1]
-    limit = memory.limit(preset, free, gpu)
+    if gpu:
+        free = torch.cuda.mem_get_info(world.device)[0]
+    else:  # one number for all, which share it
+        free = world.from_main(memory.main_memory()[1])
+        free = None if free is None else free // world.size
+    limit = memory.limit(preset, free, gpu, world.size)
     if limit is not None:
         limit = int(world.min(torch.tensor(limit)))
     return memory.choose(preset, limit, world.size, gpu)

@@ -66,7 +66,6 @@ FLOW = {
 }  # fmt: skip
 
 
-
 class Table(dict):
     """A table of numbers as a setting's value, which may be part of a key."""
 

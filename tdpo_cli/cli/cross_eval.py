@@ -44,14 +44,15 @@ def cross_eval(
     from tdpo_cli.cross_eval.request import CrossEvalRequest
 
     workers = Workers.of(gpus, processes)
-    with claims.given_or_new(out, Path("cross-evals"), _name(checkpoints[0]), take=launch.is_main()) as folder:
+    workers.must_share(out)
+    with claims.given_or_new(out, Path("cross-evals"), _name(checkpoints[0])) as folder:
         request = CrossEvalRequest(
             models=checkpoints, out=folder, rewards=rewards, prompts=prompts, per_prompt=per_prompt, seed=seed, preset=preset,
             overrides=options.overrides(set_, checkpoint, zoo), epochs=epoch or (), batch_size=batch_size, device=device or workers.device,
         )  # fmt: skip
         if launch.is_main():
             request.check()
-        workers.start(workers.plan.world_size, request.out)  # how much there is to do is not known yet
+        workers.start(workers.plan.workers, request.out)  # how much there is to do is not known yet
         options.prepare_libraries()
         from tdpo_cli.cross_eval import cross_eval as evaluation
 

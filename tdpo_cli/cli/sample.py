@@ -61,6 +61,7 @@ def sample(
     )  # fmt: skip
     if launch.is_main():
         request.check()
+    workers.must_share(out)
     with request.in_a_folder() as request:
         workers.start(request.images, request.out)
         options.prepare_libraries()

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -318,7 +319,7 @@ def test_an_open_clip_config_that_names_code_or_other_files_is_refused(folder, r
     config["model_cfg"][tower][key] = value
     (tmp_path / "w").mkdir()
     (tmp_path / "w/open_clip_config.json").write_text(json.dumps(config))
-    (tmp_path / "w/HPS_v2_compressed.pt").symlink_to(source / "HPS_v2_compressed.pt")
+    shutil.copyfile(source / "HPS_v2_compressed.pt", tmp_path / "w/HPS_v2_compressed.pt")
     (tmp_path / "w/tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.Evil", null]}}')
     said = score(folder, "--rewards", "hpsv2", "--prompt", "x", "--checkpoint", f"hpsv2={tmp_path / 'w'}", status=2)[1]
     assert message in said

@@ -16,7 +16,8 @@ from tdpo_cli.config import prompts
 from tdpo_cli.console import Console, size
 from tdpo_cli.errors import RequestError
 from tdpo_cli.machine import launch
-from tdpo_cli.storage.run_dir import RunDir, next_free
+from tdpo_cli.storage import claims
+from tdpo_cli.storage.run_dir import RunDir
 
 
 def train(
@@ -73,17 +74,16 @@ def train(
     if dry_run:
         return _dry_run(resolved, json_)
     workers = Workers.of(gpus, processes)
-    if out is None:
-        out = next_free(Path("runs"), Path(preset or "quickstart").stem)
-    if launch.is_main() and not resume:
-        RunDir(out).must_be_free()
-    workers.start(resolved.rollout.samples_per_epoch, out, any_launcher=True)
-    console = Console(quiet or json_, silent=not launch.is_main())
-    with console.working("loading libraries"):
-        options.prepare_libraries()
-        from tdpo_cli.train import train as training
+    with claims.given_or_new(out, Path("runs"), Path(preset or "quickstart").stem, take=launch.is_main()) as folder:
+        if launch.is_main() and not resume:
+            RunDir(folder).must_be_free()
+        workers.start(resolved.rollout.samples_per_epoch, folder, any_launcher=True)
+        console = Console(quiet or json_, silent=not launch.is_main())
+        with console.working("loading libraries"):
+            options.prepare_libraries()
+            from tdpo_cli.train import train as training
 
-    report = training.run(resolved, out, resume, console, workers.device)
+        report = training.run(resolved, folder, resume, console, workers.device)
     if json_ and launch.is_main():
         print(json.dumps(report))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import typer
 
 from tdpo_cli.cli import options
+from tdpo_cli.errors import RequestError
 from tdpo_cli.machine import launch
 
 
@@ -32,6 +33,11 @@ class Workers:
     def device(self) -> str | None:
         """The kind of device that the flags ask for; None leaves the choice."""
         return self.plan.device if self.asked else None
+
+    def must_share(self, out: Path | None) -> None:
+        """RequestError where each worker that another launcher started would choose a folder of its own."""
+        if out is None and launch.is_worker():
+            raise RequestError("workers that another launcher starts need --out, the same for all of them.")
 
     def start(self, samples: int, out: Path, any_launcher: bool = False) -> None:
         """Return in a process that does the work; else run the workers, all with the same `out`, and exit with their status.

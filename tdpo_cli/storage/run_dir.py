@@ -316,14 +316,6 @@ class RunDir:
         return folders
 
 
-def next_free(base: Path, name: str) -> Path:
-    """`base/name-0001`, counting up."""
-    number = 1
-    while (base / f"{name}-{number:04d}").exists():
-        number += 1
-    return base / f"{name}-{number:04d}"
-
-
 def epoch_name(epoch: int) -> str:
     return f"epoch_{epoch:04d}"
 

@@ -27,6 +27,8 @@ class FamilyEntry:
     title: str  # for messages and the header
     diffusion: str  # ddim | flow: which sampler serves it, and so which noise settings apply
     optional_t5: bool = False  # model.drop_t5 applies
+    tiny_vae: bool = True  # there are AutoencoderTiny for its latents
+    needs: str = "0.32"  # the first diffusers that has it
 
 
 # by diffusers' pipeline class, as model_index.json names it
@@ -34,6 +36,9 @@ FAMILIES = {
     "StableDiffusionPipeline": FamilyEntry("tdpo_cli.models.families.sd:StableDiffusion", "Stable Diffusion 1.x and 2.x", "ddim"),
     "StableDiffusion3Pipeline": FamilyEntry("tdpo_cli.models.families.sd3:StableDiffusion3", "Stable Diffusion 3 and 3.5", "flow", optional_t5=True),
     "FluxPipeline": FamilyEntry("tdpo_cli.models.families.flux:Flux", "FLUX.1", "flow"),
+    "Flux2KleinPipeline": FamilyEntry("tdpo_cli.models.families.flux2:Flux2Klein", "FLUX.2 klein", "flow", tiny_vae=False, needs="0.37"),
+    "ZImagePipeline": FamilyEntry("tdpo_cli.models.families.z_image:ZImage", "Z-Image", "flow", needs="0.36"),
+    "QwenImagePipeline": FamilyEntry("tdpo_cli.models.families.qwen_image:QwenImage", "Qwen-Image", "flow", tiny_vae=False, needs="0.35"),
     "StableDiffusionXLPipeline": FamilyEntry("tdpo_cli.models.families.sdxl:StableDiffusionXL", "Stable Diffusion XL", "ddim"),
 }
 # words in a model's name that say it was distilled to few steps

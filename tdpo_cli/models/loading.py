@@ -51,8 +51,11 @@ def load(
         torch.set_num_threads(1)  # its networks are so small that a second thread costs more than it brings
     source, model, device = models.resolve(model.base), _starting_point(model), torch.device(device)
     content = models.index(source, model.revision)
-    entry = models.FAMILIES[models.pipeline_class(source, content)]
+    called = models.pipeline_class(source, content)
+    entry = models.FAMILIES[called]
     check_model(model, entry)
+    if not hasattr(diffusers, called):
+        raise RequestError(f"{source}: {entry.title} needs diffusers >= {entry.needs}, here is {diffusers.__version__}: pip install -U diffusers")
     if trainable:
         models.check_trainable(source, content, model.allow_distilled)
     module, _, name = entry.place.partition(":")
@@ -140,9 +143,7 @@ def read_pipeline(
     """
     content = models.index(source, model.revision)
     called = models.pipeline_class(source, content)
-    cls = getattr(diffusers, called, None)
-    if cls is None:
-        raise RequestError(f"{source}: a {called} needs a newer diffusers than {diffusers.__version__}: pip install -U diffusers")
+    cls = getattr(diffusers, called)
     known, parts = inspect.signature(cls.__init__).parameters, dict.fromkeys(absent)
     for name, entry in content.items():
         if name.startswith("_") or name not in known:
@@ -166,6 +167,11 @@ def read_pipeline(
     if missing:
         raise RequestError(f"{source}: its model_index.json does not list {', '.join(missing)}, which a {called} needs. Download the model again.")
     return cls(**parts)
+
+
+def without_overflow(dtype: torch.dtype) -> torch.dtype:
+    """The precision of a large text encoder: T5 and Qwen overflow in fp16."""
+    return torch.bfloat16 if dtype == torch.float16 else dtype
 
 
 def vae(cls: type, source: str, model: Model, dtype: torch.dtype) -> nn.Module:
@@ -201,9 +207,9 @@ def _class_of(source: str, name: str, entry: list[str]) -> type:
     return kind
 
 
-def grid_of(vae: nn.Module, resolution: tuple[int, int], patch: int = 1) -> tuple[int, int]:
+def grid_of(pipeline: DiffusionPipeline, resolution: tuple[int, int], patch: int = 1) -> tuple[int, int]:
     """(height, width) in latents of a resolution in pixels. Raises RequestError unless it divides."""
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = pipeline.vae_scale_factor
     if any(side % (factor * patch) for side in resolution):
         raise RequestError(f"model.resolution {resolution[0]} x {resolution[1]}: both must be multiples of {factor * patch} for this model.")
     return resolution[0] // factor, resolution[1] // factor

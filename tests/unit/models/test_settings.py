@@ -67,6 +67,16 @@ def test_drop_t5_is_refused_where_no_encoder_may_be_missing():
             settings.fit(preset, entry)
 
 
+def test_a_tiny_decoder_is_refused_where_none_is_made():
+    tiny = presets.override(preset_of(), [("model.tiny_vae", "some/where"), ("algorithm.critic_view", "tiny")])
+    settings.fit(tiny, models.FAMILIES["ZImagePipeline"])
+    for name in ("Flux2KleinPipeline", "QwenImagePipeline"):
+        entry = models.FAMILIES[name]
+        with pytest.raises(RequestError, match=f"no AutoencoderTiny is made for the latents of {entry.title}. Use --set algorithm.critic_view=decode"):
+            settings.fit(tiny, entry)
+        settings.fit(presets.override(tiny, [("algorithm.name", "grpo")]), entry)  # no critic looks
+
+
 @pytest.mark.parametrize("written", [{"noise_level": 0.7}, {"dynamics": "cps"}, {"window": 2}])
 def test_settings_of_both_kinds_contradict_each_other_whatever_the_model(written):
     with pytest.raises(SettingError, match="rollout.eta 1.0 is for DDIM and rollout.*for flow-matching models. Leave one out"):

@@ -51,11 +51,9 @@ def load(
         torch.set_num_threads(1)  # its networks are so small that a second thread costs more than it brings
     source, model, device = models.resolve(model.base), _starting_point(model), torch.device(device)
     content = models.index(source, model.revision)
-    called = models.pipeline_class(source, content)
-    entry = models.FAMILIES[called]
+    entry = models.FAMILIES[models.pipeline_class(source, content)]
     check_model(model, entry)
-    if not hasattr(diffusers, called):
-        raise RequestError(f"{source}: {entry.title} needs diffusers >= {entry.needs}, here is {diffusers.__version__}: pip install -U diffusers")
+    models.check_installed(source, entry)
     if trainable:
         models.check_trainable(source, content, model.allow_distilled)
     module, _, name = entry.place.partition(":")

@@ -68,8 +68,10 @@ def test_run_with_a_critic_trains_every_layer(straight):
     assert_trained(straight, 2)
 
 
-def test_run_without_a_critic_trains_every_layer(train):
-    assert_trained(train("ddpo", "--epochs", 1, "--algorithm", "ddpo"), 1)
+@pytest.mark.parametrize(("algorithm", "epochs"), [("ddpo", 1), pytest.param("grpo", 2, marks=pytest.mark.slow)])
+def test_run_without_a_critic_trains_every_layer(train, algorithm, epochs):
+    groups = ("--set", "rollout.images_per_prompt=2") if algorithm == "grpo" else ()
+    assert_trained(train(algorithm, "--epochs", epochs, "--algorithm", algorithm, *groups), epochs)
 
 
 def test_run_resumed_is_the_straight_run(straight, train):

@@ -1,7 +1,7 @@
 """Which pipelines the contract runs on, and what its tests share of each.
 
 --pipelines DIR (may be repeated): a diffusers folder, or a folder that holds some. Without it, tiny ones of all supported families.
-`make test` takes two of these, `make test-all` one or two of each family; pytest -m 'not gpu' tests/families --every-variant takes two of each family.
+`make test` takes two of these, `make test-all` one or two of each family; two of each: pytest -m 'not gpu' tests/families --every-variant.
 """
 
 import json

@@ -37,7 +37,7 @@ class QwenImage(FlowFamily):
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """embeds [b,L,D] and mask [b,L], padded to the longest prompt."""
         embeds, mask = self.pipeline.encode_prompt(list(prompts), device=self.device, max_sequence_length=self.prompt_limit)
-        if mask is None:  # all rows are full; among other rows they will not be the longest
+        if mask is None:  # all prompts are equally long
             mask = embeds.new_ones(embeds.shape[:2])
         return Conditioning({"embeds": embeds, "mask": mask.bool()})
 

@@ -31,8 +31,8 @@ def convert(state: Mapping[str, Tensor], sdxl_layers: int | None = None, alpha_o
     """`unet.MODULE.lora_A.weight` [r,in], `.lora_B.weight` [out,r] -> `lora_unet_MODULE.lora_down.weight`, `.lora_up.weight`, `.alpha`.
 
     MODULE is diffusers' name of the layer with underscores for dots; for SDXL, whose UNet has `sdxl_layers` per block, the original
-    code's. So is Qwen-Image's `transformer.MODULE`. A reader adds up @ down * alpha / r to its weight; `alpha_of(NETWORK.MODULE, r)`
-    is r where it is not given. Raises RequestError for other keys.
+    code's. Of transformers only Qwen-Image is converted, by the first rule. A reader adds up @ down * alpha / r to its weight;
+    `alpha_of(NETWORK.MODULE, r)` is r where it is not given. Raises RequestError for other keys.
     """
     _check(state)
     attended = {match.group(0) for key in state if (match := re.match(r"unet\.up_blocks\.\d+\.attentions", key))}

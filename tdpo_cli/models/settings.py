@@ -30,7 +30,7 @@ def fit(preset: Preset, entry: FamilyEntry) -> Preset:
     check_model(preset.model, entry)
     if preset.has_critic and preset.algorithm.critic_view == "tiny" and not entry.tiny_vae:
         raise RequestError(
-            f"algorithm.critic_view tiny: there is no AutoencoderTiny for the latents of {entry.title}. Use --set algorithm.critic_view=decode or rgb."
+            f"algorithm.critic_view tiny: no AutoencoderTiny exists for the latents of {entry.title}. Use --set algorithm.critic_view=decode or rgb."
         )
     if preset.has_critic and preset.algorithm.critic_state is None:
         preset = replace(preset, algorithm=replace(preset.algorithm, critic_state=CRITIC_STATE[entry.diffusion]))

@@ -81,7 +81,7 @@ def test_a_tiny_decoder_is_refused_where_none_is_made():
     settings.fit(tiny, models.FAMILIES["ZImagePipeline"])
     for name in ("Flux2KleinPipeline", "QwenImagePipeline"):
         entry = models.FAMILIES[name]
-        with pytest.raises(RequestError, match=f"there is no AutoencoderTiny for the latents of {entry.title}. Use .*critic_view=decode"):
+        with pytest.raises(RequestError, match=f"no AutoencoderTiny exists for the latents of {entry.title}. Use .*critic_view=decode"):
             settings.fit(tiny, entry)
         settings.fit(presets.override(tiny, [("algorithm.name", "grpo")]), entry)  # no critic looks
 

@@ -5,6 +5,7 @@ A new family is one file in `families/` and one line in `FAMILIES`.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ class FamilyEntry:
     title: str  # for messages and the header
     diffusion: str  # ddim | flow: which sampler serves it, and so which noise settings apply
     optional_t5: bool = False  # model.drop_t5 applies
+    tiny_vae: bool = True  # there are AutoencoderTiny for its latents
+    needs: str = "0.32"  # the first diffusers whose pipeline of it is the one that the family was checked against
 
 
 # by diffusers' pipeline class, as model_index.json names it
@@ -34,6 +37,9 @@ FAMILIES = {
     "StableDiffusionPipeline": FamilyEntry("tdpo_cli.models.families.sd:StableDiffusion", "Stable Diffusion 1.x and 2.x", "ddim"),
     "StableDiffusion3Pipeline": FamilyEntry("tdpo_cli.models.families.sd3:StableDiffusion3", "Stable Diffusion 3 and 3.5", "flow", optional_t5=True),
     "FluxPipeline": FamilyEntry("tdpo_cli.models.families.flux:Flux", "FLUX.1", "flow"),
+    "Flux2KleinPipeline": FamilyEntry("tdpo_cli.models.families.flux2:Flux2Klein", "FLUX.2 klein", "flow", tiny_vae=False, needs="0.37"),
+    "ZImagePipeline": FamilyEntry("tdpo_cli.models.families.z_image:ZImage", "Z-Image", "flow", needs="0.39"),
+    "QwenImagePipeline": FamilyEntry("tdpo_cli.models.families.qwen_image:QwenImage", "Qwen-Image", "flow", tiny_vae=False, needs="0.37"),
     "StableDiffusionXLPipeline": FamilyEntry("tdpo_cli.models.families.sdxl:StableDiffusionXL", "Stable Diffusion XL", "ddim"),
 }
 # words in a model's name that say it was distilled to few steps
@@ -71,6 +77,14 @@ def pipeline_class(source: str, content: dict) -> str:
         return "StableDiffusionPipeline"
     supported = "; ".join(f"{entry.title} ({name})" for name, entry in FAMILIES.items())
     raise RequestError(f"{source}: a {name} is not supported. Supported: {supported}.")
+
+
+def check_installed(source: str, entry: FamilyEntry) -> None:
+    """RequestError where the installed diffusers is older than the family needs."""
+    here = importlib.metadata.version("diffusers")
+    numbers = lambda version: tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if numbers(here) < numbers(entry.needs):
+        raise RequestError(f"{source}: {entry.title} needs diffusers >= {entry.needs}, here is {here}: pip install -U diffusers")
 
 
 def check_trainable(source: str, content: dict, allow_distilled: bool) -> None:

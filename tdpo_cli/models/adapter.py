@@ -187,10 +187,10 @@ def load(family: Family, path: Path, name: str = ADAPTER) -> None:
     lora_file.check_values(file)
     options = {"unet_config": network.config} if prefix == "unet" else {}
     pipeline = type(family.pipeline)
+    # folder and name apart: offline, an older diffusers wants the name, of a file too
+    options |= {"weight_name": file.name, "local_files_only": True, "use_safetensors": True, "return_lora_metadata": True}
     try:
-        state, *alphas, metadata = pipeline.lora_state_dict(
-            str(file), **options, local_files_only=True, use_safetensors=True, return_lora_metadata=True
-        )
+        state, *alphas, metadata = pipeline.lora_state_dict(str(file.parent), **options)
     except (ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         raise RequestError(f"{file}: the names of its weights are not known: {first_line(error)[:200]}") from None
     if not any("lora" in key for key in state):

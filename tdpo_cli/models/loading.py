@@ -57,6 +57,7 @@ def load(
     content = models.index(source, model.revision)
     entry = models.FAMILIES[models.pipeline_class(source, content)]
     check_model(model, entry)
+    models.check_installed(source, entry)
     if trainable:
         models.check_trainable(source, content, model.allow_distilled)
     module, _, name = entry.place.partition(":")
@@ -150,9 +151,7 @@ def read_pipeline(
     """
     content = models.index(source, model.revision)
     called = models.pipeline_class(source, content)
-    cls = getattr(diffusers, called, None)
-    if cls is None:
-        raise RequestError(f"{source}: a {called} needs a newer diffusers than {diffusers.__version__}: pip install -U diffusers")
+    cls = getattr(diffusers, called)
     known, parts = inspect.signature(cls.__init__).parameters, dict.fromkeys(absent)
     for name, entry in content.items():
         if name.startswith("_") or name not in known:
@@ -176,6 +175,11 @@ def read_pipeline(
     if missing:
         raise RequestError(f"{source}: its model_index.json does not list {', '.join(missing)}, which a {called} needs. Download the model again.")
     return cls(**parts)
+
+
+def without_overflow(dtype: torch.dtype) -> torch.dtype:
+    """The precision of a large text encoder: T5 and Qwen overflow in fp16."""
+    return torch.bfloat16 if dtype == torch.float16 else dtype
 
 
 def vae(cls: type, source: str, model: Model, dtype: torch.dtype) -> nn.Module:
@@ -211,9 +215,9 @@ def _class_of(source: str, name: str, entry: list[str]) -> type:
     return kind
 
 
-def grid_of(vae: nn.Module, resolution: tuple[int, int], patch: int = 1) -> tuple[int, int]:
+def grid_of(pipeline: DiffusionPipeline, resolution: tuple[int, int], patch: int = 1) -> tuple[int, int]:
     """(height, width) in latents of a resolution in pixels. Raises RequestError unless it divides."""
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = pipeline.vae_scale_factor
     if any(side % (factor * patch) for side in resolution):
         raise RequestError(f"model.resolution {resolution[0]} x {resolution[1]}: both must be multiples of {factor * patch} for this model.")
     return resolution[0] // factor, resolution[1] // factor

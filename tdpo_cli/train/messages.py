@@ -36,6 +36,9 @@ def header(job: Job, out: Path, first_epoch: int) -> Sequence[tuple[str, str]]:
         ("plan", f"{job.plan}; about {size(memory.estimate(preset, world.size, job.plan, world.device.type == 'cuda'))} of memory"),
         ("run folder", f"{out}"),
     ]
+    kinds = {"embedded": "an input of the network", "none": "not used: this model has none"}
+    if (kind := job.policy.family.guidance) in kinds:
+        rows.insert(4, ("guidance", f"{preset.rollout.guidance_scale:g}, {kinds[kind]}"))
     if preset.reward.at_least:
         rows.insert(2, ("constraints", preset.constraints_words))
     if preset.algorithm.facts.resets:

@@ -102,17 +102,17 @@ def test_the_same_reward_on_the_command_line_or_trust_lets_it_run(evil):
 
 
 def test_a_clip_config_that_names_other_code_is_refused(tmp_path):
-    from tdpo_cli.rewards.networks import _refuse_code
+    from tdpo_cli.rewards.networks import _check_open_clip
 
     config = {"vision_cfg": {}, "text_cfg": {"hf_tokenizer_name": "owner/name"}}
     with pytest.raises(RewardError, match="needs the tokenizer's files beside it"):
-        _refuse_code(config, tmp_path / "open_clip_config.json")
+        _check_open_clip(config, tmp_path / "open_clip_config.json")
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": "evil.Evil"}}')
-    with pytest.raises(RewardError, match="auto_map names Python of that folder, which is not run"):
-        _refuse_code(config, tmp_path / "open_clip_config.json")
-    with pytest.raises(RewardError, match="hf_model_name names another model"):
-        _refuse_code({"text_cfg": {"hf_model_name": "owner/name"}}, tmp_path / "open_clip_config.json")
+    with pytest.raises(RewardError, match="auto_map names Python code to run"):
+        _check_open_clip(config, tmp_path / "open_clip_config.json")
+    with pytest.raises(RewardError, match="hf_model_name names files outside"):
+        _check_open_clip({"vision_cfg": {}, "text_cfg": {"hf_model_name": "owner/name"}}, tmp_path / "open_clip_config.json")
 
 
 @pytest.mark.parametrize("value", [1j * torch.ones(2), SystemExit(0)])

@@ -214,6 +214,7 @@ def test_pipelines_that_change_images_are_sampled_and_not_trained(folder):
     [
         ("sdxl-turbo", "turbo"), ("SDXL-Lightning", "lightning"), ("DreamShaperXL_Turbo_v2", "turbo"), ("FLUX.1-schnell", "schnell"),
         ("lcm-sdxl", "lcm"), ("Hyper-SD", "hyper"), ("SDXLTurbo", "turbo"),
+        ("Z-Image-Turbo", "turbo"), ("Qwen-Image-Lightning", "lightning"), ("FLUX.2-klein-base-4B", None), ("Z-Image", None),
         ("hyperrealism-xl", None), ("stable-diffusion-xl-base-1.0", None), ("turbotext", None),
     ],
 )  # fmt: skip

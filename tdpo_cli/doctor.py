@@ -21,7 +21,7 @@ from tdpo_cli.console import Console, size
 from tdpo_cli.machine import footprint, memory
 from tdpo_cli.rewards import checkpoints as reward_checkpoints
 from tdpo_cli.rewards import required_files
-from tdpo_cli.sandbox import ZOO
+from tdpo_cli.sandbox import EMBEDDED, ZOO, is_embedded
 
 LEAST_DISK = 5e9  # bytes; a run folder with its images and states
 # what a part of a pipeline consists of, by its library; one weights file each, whatever variant it is
@@ -129,7 +129,7 @@ def _needed_files(preset: Preset) -> list[required_files.File]:
 
 def _base_model(preset: Preset) -> list[required_files.File]:
     base = preset.model.base
-    folder = ZOO / "pipeline" if base == "sandbox" else Path(base).expanduser()
+    folder = ZOO / EMBEDDED[base] if is_embedded(base) else Path(base).expanduser()
     own_vae = preset.model.vae
     parts = {part: kind for part, kind in _parts(base, folder, preset.model.revision).items() if part != "vae" or own_vae is None}
     names = [f"{part}/{name}" for part, kind in parts.items() for name in _files_of(kind)]

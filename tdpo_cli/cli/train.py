@@ -16,6 +16,7 @@ from tdpo_cli.config import prompts
 from tdpo_cli.console import Console, size
 from tdpo_cli.errors import RequestError
 from tdpo_cli.machine import launch
+from tdpo_cli.sandbox import is_embedded
 from tdpo_cli.storage import claims
 from tdpo_cli.storage.run_dir import RunDir
 
@@ -141,7 +142,7 @@ def _dry_run(preset: presets.Preset, as_json: bool) -> None:
     if entry is not None:
         preset = settings.fit(preset, entry)
     # which device there is, nobody has asked: the usual plan of a GPU, or the one that the limit allows
-    gpu = preset.model.base != "sandbox"
+    gpu = not is_embedded(preset.model.base)
     limit = memory.limit(preset, memory.main_memory()[1] if not gpu else None, gpu) if preset.run.memory_limit else None
     plan = memory.choose(preset, limit, gpu=gpu) if limit is not None else memory.USUAL
     shares = {

@@ -32,7 +32,7 @@ AlgorithmName = Literal[tuple(ALGORITHMS)]
 
 @dataclass(frozen=True)
 class Model:
-    base: str = knob("CompVis/stable-diffusion-v1-4", "diffusers folder, hub id, or `sandbox`")
+    base: str = knob("CompVis/stable-diffusion-v1-4", "diffusers folder, hub id, `sandbox` or `sandbox-flow`")
     revision: str | None = knob(None, "branch, tag or commit of a hub id")
     start_from: str | None = knob(None, "checkpoint folder, run or LoRA file whose weights training starts from")
     lora_rank: int = knob(4, "rank of the LoRA; 0 trains the whole denoising network", at_least=0)

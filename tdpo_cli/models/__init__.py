@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tdpo_cli.errors import RequestError, first_line
-from tdpo_cli.sandbox import ZOO
+from tdpo_cli.sandbox import EMBEDDED, ZOO
 
 if TYPE_CHECKING:
     from tdpo_cli.config.preset import Model
@@ -42,6 +42,7 @@ FAMILIES = {
     "QwenImagePipeline": FamilyEntry("tdpo_cli.models.families.qwen_image:QwenImage", "Qwen-Image", "flow", tiny_vae=False, needs="0.37"),
     "StableDiffusionXLPipeline": FamilyEntry("tdpo_cli.models.families.sdxl:StableDiffusionXL", "Stable Diffusion XL", "ddim"),
 }
+T5 = ("text_encoder_3", "tokenizer_3")  # of Stable Diffusion 3: the parts that model.drop_t5 leaves out
 # words in a model's name that say it was distilled to few steps
 DISTILLED = ("schnell", "turbo", "lightning", "lcm", "hyper")
 
@@ -54,8 +55,8 @@ def load(model: Model, **options: Any) -> Policy:
 
 
 def resolve(base: str) -> str:
-    """The word `sandbox` as the embedded model's folder; everything else as it is."""
-    return str(ZOO / "pipeline") if base == "sandbox" else base
+    """The word of an embedded model, such as `sandbox`, as its folder; everything else as it is."""
+    return str(ZOO / EMBEDDED[base]) if base in EMBEDDED else base
 
 
 def family_of(source: str, revision: str | None = None) -> FamilyEntry:

@@ -19,7 +19,7 @@ from tdpo_cli.storage.run_dir import RunDir, check_weights
 class Checkpoint:
     """A base model and the weights on top of it."""
 
-    base: str  # a diffusers folder, a hub id or `sandbox`
+    base: str  # a diffusers folder, a hub id or an embedded model, such as `sandbox`
     revision: str | None  # of a hub id
     dtype: str
     weights: str | None  # a LoRA file, or a folder with a LoRA or a whole network; None is the base model itself

@@ -27,6 +27,7 @@ from tdpo_cli.models.family import Family
 from tdpo_cli.models.policy import Policy
 from tdpo_cli.models.settings import check_model
 from tdpo_cli.randomness import Randomness
+from tdpo_cli.sandbox import is_embedded
 from tdpo_cli.storage.run_dir import RunDir, check_weights
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -51,8 +52,8 @@ def load(
 
     `distribute(network)` may shard the denoising network over processes; where it returns False the network moves to the device whole.
     """
-    if model.base == "sandbox" and ("OMP_NUM_THREADS" not in os.environ or "TDPO_THREADS_SHARED" in os.environ):
-        torch.set_num_threads(1)  # its networks are so small that a second thread costs more than it brings
+    if is_embedded(model.base) and ("OMP_NUM_THREADS" not in os.environ or "TDPO_THREADS_SHARED" in os.environ):
+        torch.set_num_threads(1)  # these networks are so small that a second thread costs more than it brings
     source, model, device = models.resolve(model.base), _starting_point(model), torch.device(device)
     content = models.index(source, model.revision)
     entry = models.FAMILIES[models.pipeline_class(source, content)]

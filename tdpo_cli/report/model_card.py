@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from tdpo_cli import __version__
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.preset import Model, Preset
 from tdpo_cli.errors import WorkError
+from tdpo_cli.models import T5
 from tdpo_cli.models.lora_file import FILE as LORA_FILE
 from tdpo_cli.overoptimisation import verdict
+from tdpo_cli.sandbox import EMBEDDED, ZOO, is_embedded
 from tdpo_cli.storage import run_dir
 
 PROMPTS_SHOWN, PROMPT_LENGTH = 4, 120
@@ -110,13 +112,15 @@ def _front_matter(preset: Preset) -> str:
 
 def _loading(preset: Preset, prompt: str, component: str) -> str:
     """Python that makes an image, run inside the checkpoint's folder."""
-    model, rollout = preset.model, preset.rollout
-    sandbox = model.base == "sandbox"
-    base = 'ZOO / "pipeline"' if sandbox else json.dumps(model.base) + (f", revision={json.dumps(model.revision)}" if model.revision else "")
+    model, rollout, shown = preset.model, preset.rollout, preset.shown
+    embedded = is_embedded(model.base)
+    base = f'ZOO / "{EMBEDDED[model.base]}"' if embedded else json.dumps(model.base)
+    base += f", revision={json.dumps(model.revision)}" if model.revision and not embedded else ""
+    base += "".join(f", {part}=None" for part in _parts_left_out(model))
     words = {"negative_prompt": json.dumps(rollout.negative_prompt, ensure_ascii=False)} if rollout.negative_prompt else {}
-    options = words | {"num_inference_steps": rollout.steps, "guidance_scale": f"{rollout.guidance_scale:g}"}
+    options = words | {"num_inference_steps": shown.steps, "guidance_scale": f"{shown.guidance_scale:g}"}
     arguments = ", ".join([json.dumps(prompt, ensure_ascii=False), *(f"{name}={value}" for name, value in options.items())])
-    extra = ["from tdpo_cli.sandbox import ZOO"] if sandbox else []
+    extra = ["from tdpo_cli.sandbox import ZOO"] if embedded else []
     if model.lora_rank:
         lines = [
             "from diffusers import DiffusionPipeline", *extra, "",
@@ -130,6 +134,15 @@ def _loading(preset: Preset, prompt: str, component: str) -> str:
             f"pipe = DiffusionPipeline.from_pretrained({base}, {component}=network)",
         ]  # fmt: skip
     return "\n".join([*lines, f"image = pipe({arguments}).images[0]"])
+
+
+def _parts_left_out(model: Model) -> list[str]:
+    """Text encoders that this model does without. diffusers asks for them by name even where model_index.json has null."""
+    if model.drop_t5:
+        return list(T5)
+    file = (ZOO / EMBEDDED[model.base] if is_embedded(model.base) else Path(model.base).expanduser()) / "model_index.json"
+    listed = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return [part for part in T5 if part in listed and listed[part][-1] is None]
 
 
 def _reward_rows(preset: Preset, rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:

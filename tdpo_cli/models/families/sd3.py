@@ -9,11 +9,11 @@ from torch import Tensor
 
 from tdpo_cli.config.preset import Model
 from tdpo_cli.errors import RequestError
+from tdpo_cli.models import T5
 from tdpo_cli.models.family import FlowFamily
 from tdpo_cli.models.loading import grid_of, read_pipeline, read_scheduler_config, without_overflow
+from tdpo_cli.models.zero_tokens import merge_zeros
 from tdpo_cli.types import Conditioning
-
-T5 = ("text_encoder_3", "tokenizer_3")
 
 
 class StableDiffusion3(FlowFamily):
@@ -34,6 +34,9 @@ class StableDiffusion3(FlowFamily):
             if any(part in str(error) for part in T5):
                 raise RequestError(f"{error} Or train without T5: --set model.drop_t5=true") from None
             raise
+        if pipeline.text_encoder_3 is None and dtype == torch.float32:
+            # half precision rounds the logarithm of the zeros' number
+            merge_zeros(pipeline.transformer, pipeline.tokenizer_max_length)
         return cls(pipeline, read_scheduler_config(source, model.revision), device, model.resolution)
 
     @property

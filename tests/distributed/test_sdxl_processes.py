@@ -18,6 +18,7 @@ from tolerances import assert_same_run
 from tdpo_cli.config import preset as presets
 
 pytestmark = pytest.mark.skipif(int(transformers.__version__.split(".")[0]) < 5, reason="writing tiny pipelines needs transformers 5")
+SHORT = ("--set", "rollout.steps=3", "--set", "rollout.samples_per_epoch=8")
 BRIGHTNESS = "def score(images, prompts):\n    return images.float().mean(dim=(1, 2, 3))\n"
 
 
@@ -52,16 +53,15 @@ def assert_same(place, ours, theirs):
 
 
 def test_micro_batches_of_another_size_are_the_same_run(place):
-    short = ("--epochs", 2, "--set", "rollout.steps=3", "--set", "rollout.samples_per_epoch=8")
     torch.set_num_threads(1)
-    ours, theirs = (rows(place, f"cut-{size}", *short, "--set", f"run.micro_batch={size}") for size in (8, 3))
+    ours, theirs = (rows(place, f"cut-{size}", *SHORT, "--epochs", 2, "--set", f"run.micro_batch={size}") for size in (8, 3))
     assert ours != theirs, "other micro-batches round otherwise: nothing was compared"
     assert_same(place, ours, theirs)
 
 
 @pytest.mark.slow
 def test_one_process_and_two_are_the_same_run(place, nursery):
-    ours = rows(place, "alone")
-    theirs = rows(place, "two", "--processes", 2, "--set", "run.micro_batch=3", run=nursery.tdpo)
+    ours = rows(place, "alone", *SHORT)
+    theirs = rows(place, "two", *SHORT, "--processes", 2, "--set", "run.micro_batch=3", run=nursery.tdpo)
     assert ours != theirs
     assert_same(place, ours, theirs)

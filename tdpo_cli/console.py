@@ -52,9 +52,15 @@ class Console:
 
     @contextlib.contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        """`advance(n)` while the work goes on: a bar with time left on a terminal, nothing elsewhere."""
-        if self.quiet or not self.rich.is_terminal:
+        """Give `advance(n)` for the work's duration: a bar with the time left on a terminal, plain lines elsewhere.
+
+        A plain line says that the work begins; later ones, once a minute, say the share done and the time left.
+        """
+        if self.quiet:
             yield lambda n=1: None
+            return
+        if not self.rich.is_terminal:
+            yield PlainProgress(what, total, self.say).advance
             return
         bar = Progress(
             TextColumn(f"{what:<22}"), BarColumn(bar_width=32), MofNCompleteColumn(), TextColumn("time left"), TimeRemainingColumn(compact=True),
@@ -82,6 +88,27 @@ class Console:
             # a full disk: what was said is on screen, and saving the epoch will say what is wrong
             with contextlib.suppress(OSError), open(self.log, "a", encoding="utf-8") as file:
                 file.write(text + "\n")
+
+
+class PlainProgress:
+    """Progress for log files: one line at the start, then one line whenever SECONDS have passed since the last."""
+
+    SECONDS = 60.0
+
+    def __init__(self, what: str, total: int, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic):
+        self.what, self.total, self.say, self.clock = what, total, say, clock
+        self.done = 0
+        self.began = self.said = clock()
+        say(what)
+
+    def advance(self, n: int = 1) -> None:
+        """Count n more units as done."""
+        self.done += n
+        now = self.clock()
+        if now - self.said >= self.SECONDS and self.total and self.done:
+            self.said = now
+            left = (now - self.began) * max(0, self.total - self.done) / self.done
+            self.say(f"{self.what}, {100 * self.done // self.total}% done, about {duration(left)} left")
 
 
 def significant(value: float | None, digits: int = 3) -> str:

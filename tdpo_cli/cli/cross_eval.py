@@ -51,7 +51,7 @@ def cross_eval(
     )  # fmt: skip
     if launch.is_main():
         request.check()
-    workers.start(workers.plan.world_size, request.out)  # how much there is to do is not known yet
+    workers.start(workers.plan.workers, request.out)  # how much there is to do is not known yet
     options.prepare_libraries()
     from tdpo_cli.cross_eval import cross_eval as evaluation
 

@@ -34,9 +34,6 @@ def train(
     ] = None,
     gpus: options.GpusOption = None,
     processes: options.ProcessesOption = None,
-    machines: Annotated[int, typer.Option(min=1, metavar="M", help="The same command is started on M machines.")] = 1,
-    machine_rank: Annotated[Optional[int], typer.Option(min=0, metavar="R", help="Which of them this is; 0 writes the run folder.")] = None,
-    main_address: Annotated[Optional[str], typer.Option(metavar="HOST:PORT", help="Where machine 0 can be reached.")] = None,
     checkpoint: options.CheckpointOption = None,
     zoo: options.ZooOption = None,
     memory_limit: Annotated[
@@ -55,7 +52,7 @@ def train(
         "run.trackers": tracker, "run.memory_limit": memory_limit, "model.allow_distilled": allow_distilled or None,
     }  # fmt: skip
     overrides += [(key, value) for key, value in given.items() if value is not None]
-    if resume:
+    if resume := resume or launch.restarted():
         resolved, out = _resumed(out, preset, overrides), Path(out or ".")
     else:
         resolved = presets.load(preset or "quickstart", overrides)
@@ -65,9 +62,7 @@ def train(
             Console(quiet=json_).warn(f"ignored with {resolved.algorithm.name}, on which they do not act: {', '.join(unused)}.")
     if dry_run:
         return _dry_run(resolved, json_)
-    workers = Workers.of(gpus, processes, machines, machine_rank, main_address)
-    if machines > 1 and out is None:
-        raise RequestError("--machines needs --out RUN, the same on every machine.")
+    workers = Workers.of(gpus, processes)
     if out is None:
         out = next_free(Path("runs"), Path(preset or "quickstart").stem)
     if launch.is_main() and not resume:
@@ -96,7 +91,7 @@ def _check(preset: presets.Preset) -> None:
 
 
 # what may change when a run goes on
-RESUMABLE = ("run.epochs", "run.save_every", "run.keep_last", "run.stop_on_overoptimisation", "run.trackers", "run.memory_limit")
+RESUMABLE = ("run.epochs", "run.save_every", "run.keep_last", "run.stop_on_overoptimisation", "run.trackers", "run.memory_limit", "run.shard")
 
 
 def _resumed(out: Path | None, preset: str | None, overrides: list[tuple[str, Any]]) -> presets.Preset:

@@ -20,13 +20,13 @@ class Workers:
     asked: bool  # --gpus or --processes was given
 
     @staticmethod
-    def of(gpus: int | None, processes: int | None, machines: int = 1, machine_rank: int | None = None, main_address: str | None = None) -> Workers:
+    def of(gpus: int | None, processes: int | None) -> Workers:
         """Raises RequestError for flags that exclude each other."""
-        return Workers(launch.plan(gpus, processes, machines, machine_rank, main_address), bool(gpus or processes))
+        return Workers(launch.plan(gpus, processes), bool(gpus or processes))
 
     @property
     def several(self) -> bool:
-        return self.plan.world_size > 1
+        return self.plan.workers > 1
 
     @property
     def device(self) -> str | None:

@@ -177,6 +177,9 @@ class Run:
     memory_limit: str | None = knob(
         None, "bytes a process may use, as 12GB, or auto (what is free); it chooses how the work is cut up, never the result"
     )
+    shard: Literal["auto", "on", "off"] = knob(
+        "auto", "several processes: split the frozen network's weights among them; auto where one card does not hold them; never changes the result"
+    )
     compile: bool = knob(False, "compile the denoising network's repeated blocks (torch.compile): minutes at the start, faster afterwards on a GPU")
     max_bad_steps: int = knob(10, "optimizer steps with a non-finite loss or gradient before the run stops", at_least=1)
 

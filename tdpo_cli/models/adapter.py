@@ -249,7 +249,8 @@ Part = tuple[dict[str, Tensor], dict[str, object]]  # a LoRA's tensors, on the C
 def own_part(network: nn.Module, name: str) -> Part:
     """An adapter of a network as its file holds it."""
     config = {key: _plain(value) for key, value in network.peft_config[name].to_dict().items()}
-    return {key: tensor.detach().cpu().contiguous() for key, tensor in get_peft_model_state_dict(network, adapter_name=name).items()}, config
+    own = parameters(network, name)  # not state_dict(), which re-shards a sharded network, on this process alone
+    return {key: tensor.detach().cpu().contiguous() for key, tensor in get_peft_model_state_dict(network, own, adapter_name=name).items()}, config
 
 
 def _concatenated(parts: Sequence[Part]) -> Part:

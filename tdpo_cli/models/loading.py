@@ -7,7 +7,7 @@ import importlib
 import inspect
 import os
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,12 @@ def load(
     keep_reference: bool = False,
     randomness: Randomness | None = None,
     lora_scale: float = 1.0,
+    distribute: Callable[[nn.Module], bool] | None = None,
 ) -> Policy:
-    """Load the policy of `model.base`, with its adapter; `trainable=False` leaves out one that would be new. Raises RequestError."""
+    """Load the policy of `model.base`, with its adapter; `trainable=False` leaves out one that would be new. Raises RequestError.
+
+    `distribute(network)` may shard the denoising network over processes; where it returns False the network moves to the device whole.
+    """
     if model.base == "sandbox" and ("OMP_NUM_THREADS" not in os.environ or "TDPO_THREADS_SHARED" in os.environ):
         torch.set_num_threads(1)  # its networks are so small that a second thread costs more than it brings
     source, model, device = models.resolve(model.base), _starting_point(model), torch.device(device)
@@ -58,9 +62,11 @@ def load(
     module, _, name = entry.place.partition(":")
     dtype = DTYPES[model.dtype] if device.type != "cpu" else torch.float32
     family: Family = getattr(importlib.import_module(module), name).load(source, model, dtype, device)
-    _settle(family, device)
+    _settle(family, device, waits=distribute is not None)
     if trainable:
         part = _trained_part(family, model, dtype, keep_reference, randomness or Randomness(0))
+        if distribute is not None and not distribute(family.network):
+            family.network.to(device)
     else:
         part = adapter.Frozen()
         if model.start_from and not holds_network(model, family.component):
@@ -80,11 +86,13 @@ def _starting_point(model: Model) -> Model:
     return replace(model, start_from=str(RunDir(path).checkpoint() if RunDir(path).holds_a_run else path))
 
 
-def _settle(family: Family, device: torch.device) -> None:
-    """All networks frozen, in evaluation mode, on the device."""
+def _settle(family: Family, device: torch.device, waits: bool = False) -> None:
+    """All networks frozen, in evaluation mode, on the device; where the denoiser `waits`, it stays in main memory."""
     for network in family.pipeline.components.values():
         if isinstance(network, nn.Module):
-            network.requires_grad_(False).eval().to(device)
+            network.requires_grad_(False).eval()
+            if not (waits and network is family.network):
+                network.to(device)
     if device.type == "cuda" and family.component == "unet":
         # what convolutions on tensor cores want; on a CPU it gains nothing (benchmarks/ladder.py)
         family.pipeline.vae.to(memory_format=torch.channels_last)

@@ -43,29 +43,6 @@ def header(job: Job, out: Path, first_epoch: int) -> Sequence[tuple[str, str]]:
     return rows
 
 
-def epoch_line(row: dict[str, Any], first: dict[str, Any], preset: Preset) -> str:
-    """One line: trained reward and its rise in units of epoch 0's spread, watched rewards, health of the update, time."""
-    name = preset.reward.train
-    spread = first[f"rewards/{name}/std"] or 1
-    width = len(str(preset.run.epochs))
-    rise = (row[f"rewards/{name}/mean"] - first[f"rewards/{name}/mean"]) / spread
-    parts = [
-        # folders and metrics count from 0
-        f"epoch {row['epoch']:>{width}} ({row['epoch'] + 1:>{width}}/{preset.run.epochs})",
-        f"{name} {row[f'rewards/{name}/mean']:.3f} ({rise:+.2f} sd)",
-        *(f"{watched} {_shown(row[f'rewards/{watched}/mean'])}" for watched in preset.reward.watch),
-        f"kl {significant(row['approx_kl'], 2)}",
-        f"clipped {100 * row['policy_clip_fraction']:.0f}%",
-    ]
-    if row["dormant_fraction"] is not None:
-        parts.append(f"dormant {100 * row['dormant_fraction']:.0f}%")
-    if row["reset"]:
-        parts.append(f"reset {row['reset']}")
-    if row["skipped_steps"]:
-        parts.append(f"skipped {row['skipped_steps']} of {preset.updates_per_epoch} steps")
-    return "  ".join([*parts, f"{row['seconds/total']:.1f} s"])
-
-
 def drift_line(rows: Sequence[dict[str, Any]], preset: Preset) -> str | None:
     """A warning after the run's first epoch whose ratios were not 1 before the first optimizer step; None after all others."""
     limit = max(preset.update.clip_range / 10, 2e-5)

@@ -14,7 +14,7 @@ from tdpo_cli.algorithms.critic import Critic
 from tdpo_cli.config import prompts
 from tdpo_cli.config.preset import Preset
 from tdpo_cli.errors import RequestError
-from tdpo_cli.machine import memory
+from tdpo_cli.machine import memory, sharding
 from tdpo_cli.machine.world import World
 from tdpo_cli.models import settings
 from tdpo_cli.models.policy import Policy
@@ -96,7 +96,7 @@ def build(preset: Preset, world: World, plan: memory.Plan) -> Job:
     prompt_list = prompts.load(preset.rollout.prompts)
     policy = models.load(
         preset.model, device=world.device, negative_prompt=preset.rollout.negative_prompt,
-        keep_reference=preset.needs_reference, randomness=randomness,
+        keep_reference=preset.needs_reference, randomness=randomness, distribute=sharding.of(preset, world),
     )  # fmt: skip
     preset = set_schedule(policy, settings.fit(preset, settings.entry_of(preset)), randomness)
     policy.cut_up(plan.checkpointing, preset.run.compile)

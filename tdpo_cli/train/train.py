@@ -21,8 +21,8 @@ from tdpo_cli.machine.world import World, current, may_download
 from tdpo_cli.models import settings
 from tdpo_cli.overoptimisation import verdict
 from tdpo_cli.report import report
-from tdpo_cli.storage.run_dir import RunDir
-from tdpo_cli.train import fitting, messages, saving, trackers
+from tdpo_cli.storage.run_dir import RunDir, epoch_name
+from tdpo_cli.train import epoch_table, fitting, messages, saving, trackers
 from tdpo_cli.train.epoch import run_epoch
 from tdpo_cli.train.state import Job, build
 
@@ -120,20 +120,14 @@ def _run(
         folder.add_environment(saving.environment(job, first_epoch))
         _warn_about_long_prompts(job, console)
         console.pairs(messages.header(job, out, first_epoch), title=f"tdpo {__version__}: training with {preset.algorithm.name.upper()}")
-        if first_epoch == 0:
-            saving.preview(job, folder, "before training", "before.png")
+    if first_epoch == 0:
+        saving.preview(job, folder, "before training", "before.png")
+    if world.is_main:
         track()
-        console.say()
+        console.say("\n".join(["", *epoch_table.heading(preset)]))
     for epoch in range(first_epoch, preset.run.epochs):
-        row = run_epoch(job, epoch, console)
-        stop = False
-        if world.is_main:
-            rows = [*folder.read_metrics(), row]
-            stop = verdict.should_stop(rows, preset)
-            with signals.held():  # an epoch that is computed is not lost to a signal
-                saving.save(job, folder, epoch, row, last=stop or epoch + 1 == preset.run.epochs)
-            track()
-            _say_epoch(rows, preset, console)
+        stop = _epoch(job, folder, epoch, console)
+        track()
         world.barrier()
         if preset.run.stop_on_overoptimisation is not None and world.from_main(stop):
             break
@@ -145,9 +139,23 @@ def _run(
     return summary
 
 
+def _epoch(job: Job, folder: RunDir, epoch: int, console: Console) -> bool:
+    """Run an epoch; the main process saves and prints it. -> whether the run should stop, known on the main process"""
+    row, stop = run_epoch(job, epoch, console), False
+    with signals.held():  # an epoch that is computed is not lost to a signal
+        saving.preview(job, folder, f"epoch {epoch}", f"{epoch_name(epoch)}.png")
+        if job.world.is_main:
+            rows = [*folder.read_metrics(), row]
+            stop = verdict.should_stop(rows, job.preset)
+            saving.save(job, folder, epoch, row, last=stop or epoch + 1 == job.preset.run.epochs)
+    if job.world.is_main:
+        _say_epoch(rows, job.preset, console)
+    return stop
+
+
 def _say_epoch(rows: Sequence[dict[str, Any]], preset: Preset, console: Console) -> None:
     """Print the newest epoch's line, and what changed with it."""
-    console.say(messages.epoch_line(rows[-1], rows[0], preset))
+    console.say(epoch_table.line(rows[-1], rows[0], preset))
     if drifted := messages.drift_line(rows, preset):
         console.warn(drifted)
     if changed := messages.verdict_line(rows, preset):

@@ -1,7 +1,7 @@
 """Which pipelines the contract runs on, and what its tests share of each.
 
 --pipelines DIR (may be repeated): a diffusers folder, or a folder that holds some. Without it, tiny ones of all supported families.
-`make test` takes two of these, `make test-all` all: pytest -m 'not gpu' tests/families.
+`make test` takes one of these, `make test-all` all: pytest -m 'not gpu' tests/families.
 """
 
 import json
@@ -12,16 +12,15 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-# what `make test` runs, whole training runs and the rest; `make test-all` and --pipelines run everything
-QUICK, QUICK_CONTRACT = ("sd1-2",), ("sd1-2", "sd3-2")
+# what `make test` runs; `make test-all` and --pipelines run everything. Flow models have fast tests in test_flow_families and a golden trace.
+QUICK = ("sd1-2",)
 
 
 def pytest_generate_tests(metafunc):
     if "source" in metafunc.fixturenames:
         sources = _sources(metafunc.config)
         if not metafunc.config.getoption("--pipelines"):
-            quick = QUICK if "train" in metafunc.fixturenames else QUICK_CONTRACT
-            sources = [source if source in quick else pytest.param(source, marks=pytest.mark.slow) for source in sources]
+            sources = [source if source in QUICK else pytest.param(source, marks=pytest.mark.slow) for source in sources]
         metafunc.parametrize("source", sources, ids=lambda source: Path(source).name, scope="session")
 
 

@@ -62,10 +62,12 @@ def test_run_with_a_critic_trains_every_layer(straight):
     assert_trained(straight, 2)
 
 
+@pytest.mark.slow
 def test_run_without_a_critic_trains_every_layer(train):
     assert_trained(train("ddpo", "--epochs", 1, "--algorithm", "ddpo"), 1)
 
 
+@pytest.mark.slow
 def test_run_resumed_is_the_straight_run(straight, train):
     run = train("resumed", "--epochs", 1)
     outcome = tdpo("train", "--resume", "--out", run, "--epochs", 2, "--quiet")

@@ -144,7 +144,7 @@ def test_a_run_that_goes_on_elsewhere_is_not_swept(run):
 
 # --- a full disk ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    "what", ["state", "LoRA", "metrics", *(pytest.param(what, marks=pytest.mark.slow) for what in ("critic", "model card", "preview"))]
+    "what", ["LoRA", *(pytest.param(what, marks=pytest.mark.slow) for what in ("state", "metrics", "critic", "model card", "preview"))]
 )
 def test_a_full_disk_stops_the_run_and_spares_what_was_saved(run, straight, what, monkeypatch):
     def full(*arguments, **more):

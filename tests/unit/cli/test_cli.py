@@ -76,7 +76,7 @@ def test_without_a_command_help_is_shown():
 
 OPTIONS = {
     "train": "--preset --set --algorithm --seed --epochs --stop-on-overoptimisation --out --resume --tracker "
-    "--gpus --processes --machines --machine-rank --main-address "
+    "--gpus --processes "
     "--checkpoint --zoo --memory-limit --dry-run --json --quiet",
     "sample": "--preset --epoch --out --per-prompt --seed --batch-size --steps --guidance-scale --eta --negative-prompt --lora-scale "
     "--device --dtype --gpus --processes --json --quiet",

@@ -134,6 +134,8 @@ OF_THE_NETWORKS = {
     "rollout.eta", "rollout.noise_level", "rollout.window", "rollout.negative_prompt", "rollout.images_per_prompt", "reward.train",
     "algorithm.critic_activation", "update.kl_kind", "update.ema_decay", "update.ema_every",
 }  # fmt: skip
+# seconds each; smaller tests of the same: test_flow_families, test_groups_hold_one_prompt_each, test_average, test_losses
+TESTED_ELSEWHERE = {"model.drop_t5", "rollout.images_per_prompt", "update.ema_decay", "update.ema_every", "update.kl_kind"}
 MATHEMATICS = [key for key in CHANGES_THE_RUN if key not in OF_THE_NETWORKS and not key.startswith("model.")]
 
 
@@ -230,7 +232,9 @@ def test_option_changes_the_mathematics(key):
     all_differ(key, small_mathematics)
 
 
-@pytest.mark.parametrize("key", [pytest.param(key, marks=pytest.mark.slow) if key in MATHEMATICS else key for key in CHANGES_THE_RUN])
+@pytest.mark.parametrize(
+    "key", [pytest.param(key, marks=pytest.mark.slow) if key in TESTED_ELSEWHERE.union(MATHEMATICS) else key for key in CHANGES_THE_RUN]
+)
 def test_option_changes_the_run(key):
     all_differ(key, small_run, numbers)
 
@@ -254,6 +258,7 @@ def test_extra_threshold_is_logged_and_changes_nothing_else():
     assert same(weights(plain, "critic"), weights(extra, "critic"))
 
 
+@pytest.mark.slow
 def test_reference_alone_is_logged_and_changes_nothing_else():
     plain, logged = run_with(TWO), run_with(TWO | {"algorithm.reference": True})
     assert [row["mean_kl"] for row in plain["rows"]] == [None, None]
@@ -315,6 +320,7 @@ def test_the_checkpoint_holds_the_average_and_the_state_the_weights(tmp_path):
     assert len(saved) == len(held) and same(sorted(v.sum().item() for v in saved.values()), sorted(v.sum().item() for v in held.values()))
 
 
+@pytest.mark.slow
 def test_a_moving_average_goes_on_exactly_after_a_resume(tmp_path):
     straight, cut = start(EMA), start(EMA)
     for epoch in range(2):
@@ -348,6 +354,7 @@ def test_guidance_off_while_training_moves_the_ratio():
     assert run_with({"update.guidance": False})["rows"][0]["ratio_drift"] > 4 * rounding
 
 
+@pytest.mark.slow
 def test_micro_batch_never_changes_the_result():
     one, many = start(SMOOTH, micro_batch=1), start(SMOOTH, micro_batch=8)
     assert_same_run(*(run_epoch(job, 0, Console(quiet=True)) for job in (one, many)), one.preset)
@@ -577,6 +584,13 @@ def compiled():
         assert blocks and {module._compiled_call_impl is not None for module in blocks} == {wanted}
 
 
+def sharded():
+    """run.shard: on needs several processes; the sharded run itself is in tests/distributed/test_world_sizes.py."""
+    with pytest.raises(RequestError, match="sharding needs several processes"):
+        start({"run.shard": "on"})
+    start({"run.shard": "auto"})
+
+
 def shown_images(tmp_path, monkeypatch):
     """[sampling] reaches previews; without it they are made as the rollout samples."""
     pictures = {}
@@ -664,14 +678,16 @@ ELSEWHERE = {
     "run.micro_batch": run_folder,
     "run.memory_limit": memory_limit,
     "run.compile": compiled,
+    "run.shard": sharded,
     "run.max_bad_steps": max_bad_steps,
     "run.trackers": tracking,
     "run.stop_on_overoptimisation": stopping_early,
 }
 
 
-# seconds each; smaller tests of the same are in other files: test_verdict, test_trackers, test_memory, test_flow, test_critic_view
-SLOW = (stopping_early, tracking, memory_limit, compiled, shown_images, dynamics, critic_view, critic_state)
+# seconds each; smaller tests of the same are in other files: test_verdict, test_trackers, test_memory, test_flow, test_critic_view,
+# test_bad_input (save_every, keep_last, micro_batch), test_numbers (max_bad_steps)
+SLOW = (stopping_early, tracking, memory_limit, compiled, shown_images, dynamics, critic_view, critic_state, run_folder, max_bad_steps)
 
 
 @pytest.mark.parametrize(
@@ -737,7 +753,8 @@ def test_full_fine_tuning_without_a_reference_keeps_one_copy():
     assert start({"model.lora_rank": 0}).policy.adapter.reference is None
 
 
-@pytest.mark.parametrize("rank", [2, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [2, 0])
 def test_a_resumed_run_equals_a_straight_one(tmp_path, rank):
     """LoRA, and the whole UNet; with an adaptive KL controller and its reference."""
     changes = {"model.lora_rank": rank, "update.learning_rate": 1e-4, **KL, "algorithm.kl_target": 0.1, "rollout.prompts": str(two_prompts())}
@@ -760,6 +777,7 @@ def with_scaler(scale: float):
     return job
 
 
+@pytest.mark.slow
 def test_the_scaler_changes_no_number():
     scaled, plain = with_scaler(2.0**10), start({"update.max_grad_norm": 1.0})
     rows = [run_epoch(job, 0, Console(quiet=True)) for job in (scaled, plain)]

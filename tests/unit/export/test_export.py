@@ -194,6 +194,7 @@ def test_sdxl_names_are_read_back_by_diffusers_own_converter(sizes, targets):
     assert {name: tensor.shape for name, tensor in again.items()} == {name.removeprefix("unet."): tensor.shape for name, tensor in state.items()}
 
 
+@pytest.mark.slow
 def test_sdxl_names_are_the_well_known_ones():
     """The published SDXL has its transformers at input blocks 4, 5, 7, 8, the middle, and output blocks 0 to 5."""
     converted = kohya.convert(sdxl(ATTENTION)[1], 2)

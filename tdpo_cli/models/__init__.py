@@ -143,7 +143,8 @@ def _index_file(source: str, revision: str | None) -> Path:
         raise RequestError(
             f"{folder}: a single file, expected a diffusers folder. Convert it once, then give {new}:\n"
             f'python -c "{code}"\n'
-            "It reads the model's configs from the hub; without a network add config=FOLDER, a diffusers folder of the same kind, behind the file's name."
+            "It reads the model's configs from the hub. Without a network add, behind the file's name, config=FOLDER, "
+            "where FOLDER is a diffusers folder of the same kind."
         )
     if folder.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
         raise RequestError(f"{source}: no such model folder, and not a hub id (owner/name) either.")

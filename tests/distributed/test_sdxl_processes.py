@@ -31,7 +31,8 @@ def place(tmp_path_factory):
     base = make_tiny.build("sdxl", folder / "sdxl-1", 1)
     (folder / "brightness.py").write_text(BRIGHTNESS)
     text = PRESET.replace('base = "sandbox"', f'base = "{base}"').replace('watch = ["gold"]', "watch = []")
-    text = text.replace('train = "aesthetic"', f'train = "{folder / "brightness.py"}:score"').replace('prompts = "sandbox"', 'prompts = "simple-animals"')
+    text = text.replace('prompts = "sandbox"', 'prompts = "simple-animals"')
+    text = text.replace('train = "aesthetic"', f'train = "{folder / "brightness.py"}:score"')
     (folder / "tiny.toml").write_text(text)
     return folder
 
@@ -61,7 +62,9 @@ def test_micro_batches_of_another_size_are_the_same_run(place):
 
 @pytest.mark.slow
 def test_one_process_and_two_are_the_same_run(place, nursery):
+    (place / "seen").mkdir()
+    spied = lambda *arguments: nursery.tdpo(*arguments, SPY_FOLDER=str(place / "seen"))  # these workers always report what they do
     ours = rows(place, "alone", *SHORT)
-    theirs = rows(place, "two", *SHORT, "--processes", 2, "--set", "run.micro_batch=3", run=nursery.tdpo)
+    theirs = rows(place, "two", *SHORT, "--processes", 2, "--set", "run.micro_batch=3", run=spied)
     assert ours != theirs
     assert_same(place, ours, theirs)

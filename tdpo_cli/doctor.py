@@ -100,7 +100,6 @@ def _preset(name: str, preset: Preset, devices: list[dict[str, Any]]) -> dict[st
     fits = limit is None or at_least < memory.MARGIN * limit
     plan = memory.choose(preset, memory.limit(preset, limit, gpu) if fits else None, count, gpu)  # as training chooses it
     files = _needed_files(preset)
-    commands = required_files.commands(files)
     missing = [file.name for file in files if file.path is None]
     named = ", ".join(missing[:NAMED]) + (", ..." if len(missing) > NAMED else "")
     problems = [f"{len(missing)} files of {name} are missing: {named}"] if missing else []

@@ -37,7 +37,7 @@ def measure(preset: presets.Preset) -> dict[str, float]:
     seconds = (time.process_time() - began) / len(rows)
     explained, half = [row["critic_explained_variance"] for row in rows], len(rows) // 2
     return {
-        "explained_early": statistics.fmean(explained[:half]), "explained_late": statistics.fmean(explained[half:]),
+        "explained_early": statistics.fmean(explained[: max(1, half)]), "explained_late": statistics.fmean(explained[half:]),
         "trained_rise": rise(rows, preset.reward.train), "gold_rise": rise(rows, "gold"),
         "cpu_seconds": seconds, "rollout_seconds": statistics.median(row["seconds/rollout"] for row in rows),
     }  # fmt: skip

@@ -47,7 +47,7 @@ def rewards(job: Job) -> torch.Tensor:
 
 def measure(preset: presets.Preset) -> dict[str, float]:
     """Train one run in memory. -> mean and standard error of the paired differences, and the CPU time of the training."""
-    job = build(preset, World(), memory.Plan.of(16))
+    job = build(preset, World(), memory.Plan.of(32))
     before, began = rewards(job), time.process_time()
     for epoch in range(preset.run.epochs):
         train.run_epoch(job, epoch, Console(quiet=True))

@@ -23,6 +23,7 @@ from tdpo_cli.rewards import checkpoints as reward_checkpoints
 from tdpo_cli.rewards import required_files
 from tdpo_cli.sandbox import EMBEDDED, ZOO, is_embedded
 
+NAMED = 3  # missing files in one sentence; the commands list all
 LEAST_DISK = 5e9  # bytes; a run folder with its images and states
 # what a part of a pipeline consists of, by its library; one weights file each, whatever variant it is
 NETWORK_FILES = {"diffusers": ("config.json", "diffusion_pytorch_model.safetensors"), "transformers": ("config.json", "model.safetensors")}
@@ -99,8 +100,9 @@ def _preset(name: str, preset: Preset, devices: list[dict[str, Any]]) -> dict[st
     fits = limit is None or at_least < memory.MARGIN * limit
     plan = memory.choose(preset, memory.limit(preset, limit, gpu, count) if fits else at_least, count, gpu)  # as training chooses it
     files = _needed_files(preset)
-    commands = required_files.commands(files)
-    problems = [f"{sum(file.path is None for file in files)} files of {name} are missing"] if commands else []
+    missing = [file.name for file in files if file.path is None]
+    named = ", ".join(missing[:NAMED]) + (", ..." if len(missing) > NAMED else "")
+    problems = [f"{len(missing)} files of {name} are missing: {named}"] if missing else []
     if not fits:
         problems.append(f"{name} needs about {size(at_least)} of memory on each device, and {size(limit)} are free on {used[0]['device']}")
     return {
@@ -132,7 +134,7 @@ def _base_model(preset: Preset) -> list[required_files.File]:
     folder = ZOO / EMBEDDED[base] if is_embedded(base) else Path(base).expanduser()
     own_vae = preset.model.vae
     parts = {part: kind for part, kind in _parts(base, folder, preset.model.revision).items() if part != "vae" or own_vae is None}
-    names = [f"{part}/{name}" for part, kind in parts.items() for name in _files_of(kind)]
+    names = [*(f"{part}/{name}" for part, kind in parts.items() for name in _files_of(kind)), "model_index.json"]
     files = _found(base, folder, names, preset.model.revision)
     if own_vae is not None:
         place = Path(own_vae).expanduser()

@@ -13,7 +13,7 @@ from tdpo_cli.cli import options
 from tdpo_cli.cli.workers import Workers
 from tdpo_cli.config import preset as presets
 from tdpo_cli.config import prompts
-from tdpo_cli.console import Console, size
+from tdpo_cli.console import Console, significant, size
 from tdpo_cli.errors import RequestError
 from tdpo_cli.machine import launch
 from tdpo_cli.sandbox import is_embedded
@@ -134,8 +134,16 @@ def _noise(preset: presets.Preset) -> str:
     return f"{how}, in {preset.stochastic_steps} of {rollout.steps} steps"
 
 
+STATED_RATE = 2e14  # operations a second: a fifth of what an H100 is sold with in half precision, without sparsity
+
+
+def _computation(flops: float) -> str:
+    hours = flops / STATED_RATE / 3600
+    return f"{significant(flops / 1e15, 3)} PFLOP an epoch, {significant(hours, 2)} hours at {STATED_RATE / 1e12:.0f} TFLOP/s: a prediction"
+
+
 def _dry_run(preset: presets.Preset, as_json: bool) -> None:
-    from tdpo_cli.machine import memory
+    from tdpo_cli.machine import footprint, memory
     from tdpo_cli.models import settings
 
     entry = settings.local_entry(preset)
@@ -161,6 +169,7 @@ def _dry_run(preset: presets.Preset, as_json: bool) -> None:
         "reward_queries": preset.reward_queries,
         "plan": plan.as_dict(),
         "peak_memory_bytes": memory.estimate(preset, plan=plan, gpu=gpu),
+        "flops_per_epoch": footprint.epoch_flops(preset),
         "per_device": shares,
     }
     if as_json:
@@ -182,6 +191,7 @@ def _dry_run(preset: presets.Preset, as_json: bool) -> None:
             ("reward queries", f"{preset.reward_queries:,}"),
             ("on 1 device", shown[1]),
             ("on each of 8", shown[8]),
+            ("computation", _computation(facts["flops_per_epoch"])),
             ("memory", f"a prediction, with {plan}; the plan is chosen from free memory and never changes the result"),
         ],
         title="dry run: nothing is written",

@@ -2,12 +2,13 @@
 
 Every factor below was counted, not guessed: tensors saved for the backward pass, and tensors alive at the peak of a call,
 of diffusers' networks at several widths and sizes (tests/unit/machine/test_memory.py counts them again). Where the base model is
-not on this disk, the published sizes are assumed: of SDXL where the name has an "xl", else of Stable Diffusion 1.x. All of it is prediction.
+not on this disk, its name says which published sizes are assumed, Stable Diffusion 1.x if nothing else. All of it is prediction.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,23 @@ SDXL_UNET = {
     "use_linear_projection": True,
 }  # fmt: skip
 SDXL_VAE = {**SD1_VAE, "force_upcast": True}
-CLIP_TOKENS, T5_TOKENS = 77, 256
 SDXL_ADAPTER_PER_RANK = 1_451_520
+# flow transformers, by what their hub ids contain; the first that fits
+SD3_PARTS = {"vae": 83.8e6, "text_encoder": 123.7e6, "text_encoder_2": 694.7e6, "text_encoder_3": 4.762e9}
+SD3 = {
+    "_class_name": "SD3Transformer2DModel", "sample_size": 128, "in_channels": 16, "patch_size": 2, "num_layers": 24, "attention_head_dim": 64,
+    "num_attention_heads": 24,
+}  # fmt: skip
+FLUX = {
+    "_class_name": "FluxTransformer2DModel", "in_channels": 64, "patch_size": 1, "num_layers": 19, "num_single_layers": 38,
+    "attention_head_dim": 128, "num_attention_heads": 24, "guidance_embeds": True,
+}  # fmt: skip
+TRANSFORMERS = {
+    "3.5-large": ({**SD3, "num_layers": 38, "num_attention_heads": 38, "qk_norm": "rms_norm"}, {**SD3_PARTS, "transformer": 8.0518e9}),
+    "3.5-medium": ({**SD3, "dual_attention_layers": range(13), "qk_norm": "rms_norm"}, {**SD3_PARTS, "transformer": 2.2401e9}),
+    "stable-diffusion-3": (SD3, {**SD3_PARTS, "transformer": 2.0253e9}),
+    "flux": (FLUX, {"vae": 83.8e6, "text_encoder": 123.1e6, "text_encoder_2": 4.762e9, "transformer": 11.8992e9}),
+}
 ADAPTER_PER_RANK = 199_296  # LoRA parameters of Stable Diffusion 1.x per rank: 797,184 at rank 4
 SCORER_BYTES = {"aesthetic": 1.71e9, "pickscore": 3.94e9, "hpsv2": 3.94e9, "hpsv2.1": 3.94e9, "imagereward": 1.79e9}  # fp32
 SCORER_IMAGE_BYTES = 25e6  # activations of one image in a ViT-L or ViT-H, fp32
@@ -42,86 +58,87 @@ CUDA_CONTEXT = 0.6 * GiB  # kernels and the libraries' workspaces on a GPU
 
 # kept for the backward pass, per element of a feature map, in numbers of the compute type
 RESNET, TRANSFORMER = 2.57, 28.4
-JOINT, DUAL = 14.0, 5.5  # a block over picture and text together, as Stable Diffusion 3's, and its second attention over the picture
 # ... recomputed: each block keeps its input, and each transformer what is before and after its blocks
 RESNET_CHECKPOINTED, TRANSFORMER_CHECKPOINTED, ENDS_CHECKPOINTED = 0.97, 1.0, 3.0
 LINEAR_ENDS = 0.25  # of that with linear projections in place of convolutions
 # ... and what a half-precision network adds for LoRA's fp32 inputs, in bytes per element of a transformer block
 LORA_CAST = 20.0
+# the same of a flow transformer, per element of its tokens, image and text together: a block with two streams as SD3's, what normalised queries
+# and keys add, FLUX's blocks with two streams and with one; (numbers kept, LoRA's bytes in half precision)
+JOINT, NORMALISED, FLUX_DOUBLE, FLUX_SINGLE = (12.1, 12.1), (2.0, 8.1), (19.1, 26.2), (12.1, 14.1)
+TRANSFORMER_FORWARD = 17.5  # numbers alive at the peak of a call that keeps nothing
+TEXT_TOKENS = {"SD3Transformer2DModel": 333, "FluxTransformer2DModel": 512}
+CLIP_TOKENS = 77
 
 
 @dataclass(frozen=True)
 class Networks:
-    """What the phases of an epoch need to know of a base model. Elements are of one image, without guidance."""
+    """What the phases of an epoch need to know of a base model. Of one image, without guidance; numbers of the compute type."""
 
     parameters: dict[str, float]
+    denoiser: str  # its name among the parameters
     latent_elements: int
-    resnet_elements: int  # inputs and outputs of all ResNet blocks
-    transformer_elements: float  # hidden states of all transformer blocks
-    transformer_ends: float  # of all transformers, each of several blocks
-    largest_block: int  # of the largest transformer or ResNet block's
-    skip_elements: int  # what the decoder half waits for
+    kept: float  # numbers that a call keeps for its backward pass
+    kept_cast: float  # and bytes of LoRA's fp32 inputs, in half precision
+    kept_checkpointed: float  # numbers that are kept where blocks are recomputed
+    largest_block: float  # numbers that the largest block alone keeps
+    largest_cast: float
+    forward: float  # numbers alive at the peak of a call that keeps nothing
+    forward_flops: float
+    decode_flops: float
+    adapter_per_rank: float  # LoRA's weights
+    guides_by_input: bool  # the guidance scale is an input: one call, not two
     pixels: int
     vae_channels: int  # at full resolution
     vae_in_fp32: bool  # whatever the preset's dtype
     embedded: bool  # a small model on this disk, with small scorers
-    kept: float = TRANSFORMER  # numbers per element of a transformer block
 
 
 def networks(preset: Preset) -> Networks:
-    """The preset's base model, read from its configs; Stable Diffusion 1.x where they are not on this disk."""
-    name = preset.model.base
-    base = ZOO / EMBEDDED[name] if is_embedded(name) else Path(name).expanduser()
-    if (base / "transformer" / "config.json").is_file():
-        return joint(base, preset)
-    xl = is_sdxl(base)
-    unet, vae, parameters = (SDXL_UNET, SDXL_VAE, dict(SDXL_PARAMETERS)) if xl else (SD1_UNET, SD1_VAE, dict(SD1_PARAMETERS))
-    if (base / "unet" / "config.json").is_file():
-        unet = {**SD1_UNET, **_read(base / "unet" / "config.json")}
+    """The preset's base model, read from its parts' configs and weight files; by its name where it is not on this disk."""
+    base = ZOO / EMBEDDED[preset.model.base] if is_embedded(preset.model.base) else Path(preset.model.base).expanduser()
+    xl, here = is_sdxl(base), (base / "model_index.json").is_file()
+    known = next((one for word, one in TRANSFORMERS.items() if word in preset.model.base.lower()), None) if not here else None
+    if known is not None:
+        denoiser, parameters, vae = known[0], dict(known[1]), SD1_VAE
+    else:
+        denoiser, vae, parameters = (SDXL_UNET, SDXL_VAE, dict(SDXL_PARAMETERS)) if xl else (SD1_UNET, SD1_VAE, dict(SD1_PARAMETERS))
+    name = "transformer" if known is not None or (base / "transformer" / "config.json").is_file() else "unet"
+    if (base / name / "config.json").is_file():
+        own = _read(base / name / "config.json", private=True)
+        denoiser = own if name == "transformer" else {**SD1_UNET, **own}
         vae = {**SD1_VAE, **(_read(base / "vae" / "config.json") if (base / "vae" / "config.json").is_file() else {})}
-        for part in parameters:
-            stored = sum(file.stat().st_size for file in (base / part).glob("*.safetensors"))
-            parameters[part] = stored / 2 if stored else parameters[part]  # fp16 files
+        stored = {part.parent.name: stored_parameters(part.parent) for part in base.glob("*/config.json")}
+        # of a part whose files are not safetensors the published size is left
+        parameters = {part: stored.get(part) or parameters.get(part, 0.0) for part in {**parameters, **stored} if part in stored}
+    if preset.model.drop_t5:
+        parameters.pop("text_encoder_3", None)
+    count, patch = counted_transformer if name == "transformer" else counted, 2 if name == "transformer" else 1
     if preset.model.resolution is not None:
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
-        unet = {**unet, "sample_size": tuple(side // factor for side in preset.model.resolution)}
+        denoiser = {**denoiser, "sample_size": tuple(max(patch, side // factor) for side in preset.model.resolution)}
     upcast = xl and preset.model.vae is None and preset.model.dtype == "fp16" and bool(vae.get("force_upcast"))
-    return counted(unet, vae, parameters, upcast)
+    return count(denoiser, vae, parameters, upcast)
 
 
-def joint(base: Path, preset: Preset) -> Networks:
-    """A transformer over the tokens of picture and text together, by its folder; counted on Stable Diffusion 3's."""
-    config, vae = _read(base / "transformer" / "config.json"), {**SD1_VAE, **_read(base / "vae" / "config.json")}
-    vae_channels = list(vae["block_out_channels"])
-    scale = 2 ** (len(vae_channels) - 1)
-    size = preset.model.resolution or (config.get("sample_size", 128) * scale,) * 2
-    height, width = (side // scale for side in size)
-    picture = height * width // config.get("patch_size", 2) ** 2
-    # without T5, fp32 networks take its zeros as one token
-    merged = preset.model.dtype == "fp32" and (preset.model.drop_t5 or not (base / "text_encoder_3").is_dir())
-    clip = _read(base / "text_encoder" / "config.json").get("max_position_embeddings", CLIP_TOKENS)
-    tokens, channels = picture + clip + (1 if merged else T5_TOKENS), config["num_attention_heads"] * config["attention_head_dim"]
-    blocks = config["num_layers"] + config.get("num_single_layers", 0)
-    second = len(config.get("dual_attention_layers") or ()) * picture
-    parameters = {
-        "unet" if folder.name == "transformer" else folder.name: sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 2
-        for folder in base.iterdir()
-        if (folder / "config.json").is_file()
-    }
-    return Networks(
-        parameters=parameters,
-        latent_elements=vae.get("latent_channels", 16) * height * width,
-        resnet_elements=0,
-        transformer_elements=(tokens * blocks + second * DUAL / JOINT) * channels,
-        transformer_ends=0.0,
-        largest_block=21 * tokens * channels,
-        skip_elements=0,
-        pixels=height * width * scale**2,
-        vae_channels=vae_channels[min(1, len(vae_channels) - 1)],
-        vae_in_fp32=False,
-        embedded=sum(parameters.values()) < 50e6,
-        kept=JOINT,
-    )
+def stored_parameters(folder: Path) -> int:
+    """Weights in a part's safetensors files, by their headers: the plain files if there are any, else fp16's."""
+    files = [file for file in folder.glob("*.safetensors") if "non_ema" not in file.name]
+    plain = [file for file in files if ".fp16" not in file.name]
+    return sum(_tensors(file) for file in plain or files)
+
+
+def _tensors(file: Path) -> int:
+    """Elements of a safetensors file; of a damaged one its size in half precision, since loading will name it."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if length > 10**8:
+            return file.stat().st_size // 2
+        try:
+            header = json.loads(opened.read(length))
+            return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return file.stat().st_size // 2
 
 
 def is_sdxl(base: Path) -> bool:
@@ -133,11 +150,10 @@ def is_sdxl(base: Path) -> bool:
 
 def counted(unet: dict[str, Any], vae: dict[str, Any], parameters: dict[str, float], vae_in_fp32: bool = False) -> Networks:
     """Walk the U as diffusers builds it: ResNets level by level down, the middle, and up with the skips."""
-    side = unet["sample_size"]
-    height, width = side if isinstance(side, (list, tuple)) else (side, side)
+    height, width = _sides(unet["sample_size"])
     channels, layers, area = list(unet["block_out_channels"]), unet["layers_per_block"], height * width
     layers = layers if isinstance(layers, int) else max(layers)
-    resnet = transformer = largest = 0
+    resnet = transformer = largest = flops = 0
     ends = 0.0
     depths = unet.get("transformer_layers_per_block") or 1
     depths = [depths] * len(channels) if isinstance(depths, int) else list(depths)
@@ -145,12 +161,15 @@ def counted(unet: dict[str, Any], vae: dict[str, Any], parameters: dict[str, flo
     before, skips, held = channels[0], [channels[0]], channels[0] * area
 
     def block(entering: int, leaving: int, depth: int) -> None:
-        nonlocal resnet, transformer, largest, ends
+        nonlocal resnet, transformer, largest, ends, flops
         attends = depth > 0
         resnet += (entering + leaving) * area
         transformer += leaving * area * depth
         ends += leaving * area * linear if attends else 0
         largest = max(largest, leaving * area if attends else 0)
+        flops += 2 * area * (9 * leaving * (entering + leaving) + (entering != leaving) * entering * leaving)
+        # self-attention, cross-attention, a gated feed-forward; the projections at a transformer's ends
+        flops += 2 * area * (depth * (18 * leaving**2 + 2 * leaving * (area + CLIP_TOKENS)) + attends * 2 * leaving**2)
 
     for level, (width_, kind) in enumerate(zip(channels, unet["down_block_types"], strict=True)):
         for _ in range(layers):
@@ -160,6 +179,7 @@ def counted(unet: dict[str, Any], vae: dict[str, Any], parameters: dict[str, flo
             held += width_ * area
         if level < len(channels) - 1:
             area //= 4
+            flops += 2 * area * 9 * width_**2
             skips.append(width_)
             held += width_ * area
     block(before, before, depths[-1])
@@ -170,37 +190,95 @@ def counted(unet: dict[str, Any], vae: dict[str, Any], parameters: dict[str, flo
             before = width_
         if level < len(channels) - 1:
             area *= 4
-    vae_channels = list(vae["block_out_channels"])
-    scale = 2 ** (len(vae_channels) - 1)
+            flops += 2 * area * 9 * width_**2
+    per_rank, published = (SDXL_ADAPTER_PER_RANK, SDXL_PARAMETERS) if "text_encoder_2" in parameters else (ADAPTER_PER_RANK, SD1_PARAMETERS)
+    block_bytes = max(21 * largest, 8 * channels[0] * height * width)
     return Networks(
         parameters=parameters,
+        denoiser="unet",
         latent_elements=unet["in_channels"] * height * width,
-        resnet_elements=resnet,
-        transformer_elements=transformer,
-        transformer_ends=ends,
-        largest_block=max(21 * largest, 8 * channels[0] * height * width),
-        skip_elements=held,
-        pixels=height * width * scale**2,
-        vae_channels=vae_channels[min(1, len(vae_channels) - 1)],
+        kept=resnet * RESNET + transformer * TRANSFORMER,
+        kept_cast=transformer * LORA_CAST,
+        kept_checkpointed=resnet * RESNET_CHECKPOINTED + transformer * TRANSFORMER_CHECKPOINTED + ends * ENDS_CHECKPOINTED,
+        largest_block=block_bytes / 21 * TRANSFORMER,
+        largest_cast=block_bytes / 21 * LORA_CAST,
+        forward=held + block_bytes,
+        forward_flops=flops,
+        adapter_per_rank=per_rank * min(1.0, parameters["unet"] / published["unet"] * 20),
+        guides_by_input=False,
         vae_in_fp32=vae_in_fp32,
         embedded=sum(parameters.values()) < 50e6,
+        **_decoder(vae, height, width),
     )
+
+
+def counted_transformer(net: dict[str, Any], vae: dict[str, Any], parameters: dict[str, float], vae_in_fp32: bool = False) -> Networks:
+    """A flow transformer as SD3's or FLUX's: every block computes with all tokens of the image and of the prompt."""
+    flux = str(net.get("_class_name", "")).startswith("Flux")
+    height, width = _sides(net.get("sample_size") or 128)  # FLUX's configs have none; its pipeline's size is 128
+    patch = 2 if flux else net["patch_size"]  # FLUX packs 2 x 2 latents itself
+    tokens, channels = height // patch * (width // patch), net["attention_head_dim"] * net["num_attention_heads"]
+    both = tokens + TEXT_TOKENS.get(str(net.get("_class_name")), 512)
+    double, single, dual = net["num_layers"], net.get("num_single_layers", 0), len(net.get("dual_attention_layers") or ())
+    kept, cast = FLUX_DOUBLE if flux else tuple(a + b for a, b in zip(JOINT, NORMALISED, strict=True)) if net.get("qk_norm") else JOINT
+    elements = both * channels
+    # four products of attention and the feed-forward's eight; the scores and what they weigh
+    flops = 2 * (double + single) * (12 * channels**2 * both + 2 * channels * both**2)
+    flops += 2 * dual * (4 * channels**2 * tokens + 2 * channels * tokens**2)
+    # the families' LoRA per rank, input and output channels of each product: SD3's eight of attention (the last block has seven); FLUX's
+    # and four of the feed-forwards, and three where a block has one stream
+    adapter = (36 * double + 6 * single if flux else 16 * double - 2) * channels
+    return Networks(
+        parameters=parameters,
+        denoiser="transformer",
+        latent_elements=net["in_channels"] // (4 if flux else 1) * height * width,
+        kept=elements * (double * kept + single * FLUX_SINGLE[0]),
+        kept_cast=elements * (double * cast + single * FLUX_SINGLE[1]),
+        kept_checkpointed=elements * (double + single + 1.0),
+        largest_block=elements * kept,
+        largest_cast=elements * cast,
+        forward=elements * TRANSFORMER_FORWARD,
+        forward_flops=flops,
+        adapter_per_rank=adapter,
+        guides_by_input=flux and bool(net.get("guidance_embeds")),
+        vae_in_fp32=vae_in_fp32,
+        embedded=sum(parameters.values()) < 50e6,
+        **_decoder(vae, height, width),
+    )
+
+
+def _sides(side: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
+    height, width = side if isinstance(side, (list, tuple)) else (side, side)
+    return height, width
+
+
+def _decoder(vae: dict[str, Any], height: int, width: int) -> dict[str, Any]:
+    """What a VAE makes of latents: pixels, its width at full resolution, floating-point operations of one image."""
+    channels = list(vae["block_out_channels"])
+    area, before = height * width, channels[-1]
+    flops = 2 * area * (2 * 18 * before**2 + 4 * before**2 + 2 * before * area)  # the middle: two ResNets and an attention
+    for level, leaving in enumerate(reversed(channels)):
+        for _ in range(vae.get("layers_per_block", 2) + 1):
+            flops += 2 * area * (9 * leaving * (before + leaving) + (before != leaving) * before * leaving)
+            before = leaving
+        if level < len(channels) - 1:
+            area *= 4
+            flops += 2 * area * 9 * leaving**2
+    return {"pixels": area, "vae_channels": channels[min(1, len(channels) - 1)], "decode_flops": float(flops)}
 
 
 # --- one call ---------------------------------------------------------------------------------------------------------
 def backward_bytes(nets: Networks, size: int, checkpointing: bool) -> float:
-    """What one image's UNet call keeps for its backward pass, without guidance; `size` bytes per number."""
-    cast = LORA_CAST if size < 4 else 0.0
+    """What one image's call of the denoiser keeps for its backward pass, without guidance; `size` bytes per number."""
+    half = size < 4
     if not checkpointing:
-        return nets.resnet_elements * RESNET * size + nets.transformer_elements * (nets.kept * size + cast)
-    transformers = nets.transformer_elements * TRANSFORMER_CHECKPOINTED + nets.transformer_ends * ENDS_CHECKPOINTED
-    kept = (nets.resnet_elements * RESNET_CHECKPOINTED + transformers) * size
-    return kept + nets.largest_block / 21 * (nets.kept * size + cast)  # one block is computed again at a time
+        return nets.kept * size + nets.kept_cast * half
+    return (nets.kept_checkpointed + nets.largest_block) * size + nets.largest_cast * half  # one block is computed again at a time
 
 
 def forward_bytes(nets: Networks, size: int) -> float:
-    """Alive at the peak of one image's UNet call that keeps nothing."""
-    return (nets.skip_elements + nets.largest_block) * size
+    """Alive at the peak of one image's call of the denoiser that keeps nothing."""
+    return nets.forward * size
 
 
 def decode_bytes(nets: Networks, size: int) -> float:
@@ -237,15 +315,30 @@ def largest_scorers(preset: Preset, nets: Networks) -> tuple[float, float]:
 
 
 def weight_bytes(preset: Preset, nets: Networks, size: int) -> float:
-    """Networks, and fp32 weights that train with their gradients and Adam's two moments."""
-    whole = sum(nets.parameters.values())
+    """Networks, and fp32 weights that train with their gradients, Adam's two moments and a moving average where there is one."""
+    whole, denoiser = sum(nets.parameters.values()), nets.parameters[nets.denoiser]
+    each = 16 + 4 * (preset.update.ema_decay > 0)
     if preset.model.lora_rank == 0:
-        reference = nets.parameters["unet"] * size if preset.needs_reference else 0
-        return (whole - nets.parameters["unet"]) * size + nets.parameters["unet"] * 16 + reference + CRITIC_BYTES
-    xl = "text_encoder_2" in nets.parameters
-    per_rank, published = (SDXL_ADAPTER_PER_RANK, SDXL_PARAMETERS["unet"]) if xl else (ADAPTER_PER_RANK, SD1_PARAMETERS["unet"])
-    adapter = per_rank * preset.model.lora_rank * min(1.0, nets.parameters["unet"] / published * 20)
-    return whole * size + adapter * 16 + CRITIC_BYTES
+        reference = denoiser * size if preset.needs_reference else 0
+        return (whole - denoiser) * size + denoiser * each + reference + CRITIC_BYTES
+    return whole * size + nets.adapter_per_rank * preset.model.lora_rank * each + CRITIC_BYTES
+
+
+# --- one epoch ----------------------------------------------------------------------------------------------------------
+def epoch_flops(preset: Preset) -> float:
+    """Floating-point operations of an epoch: denoiser and VAE. The text encoders and rewards are small beside them and not counted."""
+    nets, samples = networks(preset), preset.rollout.samples_per_epoch
+    guided = calls(preset, nets)
+    # the gradient goes through all products once more, and once again for weights that train
+    passes = (3 if preset.model.lora_rank == 0 else 2) * preset.update.inner_epochs * preset.trained_steps
+    trained = passes * (guided if preset.update.guidance else 1)
+    states = preset.stochastic_steps if preset.has_critic and preset.algorithm.critic_view == "decode" else 0
+    return samples * (nets.forward_flops * (preset.rollout.steps * guided + trained) + nets.decode_flops * (states + 1))
+
+
+def calls(preset: Preset, nets: Networks) -> int:
+    """Calls of the denoiser per step: two where classifier-free guidance is on."""
+    return 2 if preset.rollout.guidance_scale > 1 and not nets.guides_by_input else 1
 
 
 def _read(path: Path, private: bool = False) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def phases(preset: Preset, processes: int = 1, plan: Plan = USUAL, gpu: bool = T
     gpu = gpu and not nets.embedded
     bytes_each = 4 if preset.model.dtype == "fp32" or not gpu else 2
     mine = -(-preset.rollout.samples_per_epoch // processes)
-    guided = 2 if preset.rollout.guidance_scale > 1 else 1
+    guided = footprint.calls(preset, nets)
     scorers = footprint.scorer_bytes(preset, nets)
     looked = 0 if nets.embedded else footprint.SCORER_IMAGE_BYTES
     images = mine * nets.pixels * 3 * 4

@@ -133,6 +133,26 @@ def check_source(source: str) -> None:
         raise RequestError(f"{source}: no such model folder, and not a hub id (owner/name) either.")
 
 
+# how the tensors of a single-file checkpoint are called, by the pipeline that they belong to
+SINGLE_FILES = {
+    "StableDiffusionXLPipeline": "conditioner.embedders.",
+    "StableDiffusion3Pipeline": "model.diffusion_model.joint_blocks.",
+    "FluxPipeline": "double_blocks.",
+}
+
+
+def single_file_class(file: Path) -> str:
+    """The pipeline class of a checkpoint in one file, by its header's tensor names; where it has none, by its own name."""
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            names = json.loads(opened.read(length)) if length < 10**8 else {}
+        found = next((cls for cls, prefix in SINGLE_FILES.items() if any(prefix in name for name in names)), None)
+    except (OSError, ValueError, TypeError):
+        found = None
+    return found or ("StableDiffusionXLPipeline" if "xl" in file.stem.lower() else "StableDiffusionPipeline")
+
+
 def _index_file(source: str, revision: str | None) -> Path:
     folder = Path(source)
     if folder.is_dir():
@@ -142,9 +162,13 @@ def _index_file(source: str, revision: str | None) -> Path:
             )
         return folder / "model_index.json"
     if folder.is_file():
+        new = folder.with_suffix("")
+        code = f"from diffusers import {single_file_class(folder)} as P; P.from_single_file({str(folder)!r}).save_pretrained({str(new)!r})"
         raise RequestError(
-            f"{folder}: a single file, expected a diffusers folder. Convert it once, in Python: "
-            f"diffusers.StableDiffusionPipeline.from_single_file({str(folder)!r}).save_pretrained(FOLDER)"
+            f"{folder}: a single file, expected a diffusers folder. Convert it once, then give {new}:\n"
+            f'python -c "{code}"\n'
+            "It reads the model's configs from the hub. Without a network add, behind the file's name, config=FOLDER, "
+            "where FOLDER is a diffusers folder of the same kind."
         )
     check_source(source)
     from huggingface_hub import hf_hub_download

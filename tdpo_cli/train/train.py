@@ -6,6 +6,7 @@ import contextlib
 import gc
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,15 @@ import torch
 
 from tdpo_cli import __version__
 from tdpo_cli.config.preset import Preset
-from tdpo_cli.console import Console
+from tdpo_cli.console import Console, size
 from tdpo_cli.errors import RequestError, WorkError, first_line
-from tdpo_cli.machine import memory, signals
+from tdpo_cli.machine import measure, memory, signals
 from tdpo_cli.machine.world import World, current, may_download
 from tdpo_cli.models import settings
 from tdpo_cli.overoptimisation import verdict
 from tdpo_cli.report import report
 from tdpo_cli.storage.run_dir import RunDir, epoch_name
-from tdpo_cli.train import epoch_table, messages, saving, trackers
+from tdpo_cli.train import epoch_table, fitting, messages, saving, trackers
 from tdpo_cli.train.epoch import run_epoch
 from tdpo_cli.train.state import Job, build
 
@@ -44,31 +45,48 @@ def run(preset: Preset, out: Path, resume: bool, console: Console, device: str |
     if not resume or preset.rollout.eta is None and preset.rollout.dynamics is None:
         with world.first_on_each_machine() if may_download() else contextlib.nullcontext():
             preset = settings.fit(preset, settings.entry_of(preset))
-    plan = _plan(preset, world, folder, resume)
+    attempt = _Attempt(_plan(preset, world, folder, resume))
     while True:
         try:
             with trackers.started(preset, folder, console, world.is_main) as track:
-                summary = _run(preset, world, folder, resume, plan, console, started, track)
+                summary = _run(preset, world, folder, resume, attempt, console, started, track)
             world.close()
             return summary
         except (MemoryError, RuntimeError) as error:
             if not memory.exhausted(error):
                 raise
             samples = len(world.mine(preset.rollout.samples_per_epoch))
-            smaller = plan.smaller(samples)
+            smaller = attempt.plan.smaller(samples)
             if preset.run.micro_batch is not None or smaller is None or world.size > 1:
                 reason = first_line(error, "out of memory")
                 saved = " The last finished epoch is safe on disk." if folder.holds_a_run else ""
-                raise WorkError(f"out of memory: {reason}\n{memory.advice(preset, min(plan.micro_batch, samples))}{saved}") from error
-        plan, recomputing = smaller, " and gradient checkpointing" if smaller.checkpointing else ""
-        console.warn(f"out of memory; going on from the last finished epoch with a micro-batch of {plan.micro_batch}{recomputing}.")
+                raise WorkError(f"out of memory: {reason}\n{memory.advice(preset, min(attempt.plan.micro_batch, samples))}{saved}") from error
+        attempt, recomputing = _Attempt(smaller, measures=False), " and gradient checkpointing" if smaller.checkpointing else ""
+        console.warn(f"out of memory; going on from the last finished epoch with a micro-batch of {smaller.micro_batch}{recomputing}.")
         gc.collect()  # the networks of the attempt that failed; all are built anew
         torch.cuda.empty_cache()
         resume = folder.holds_a_run
 
 
+@dataclass
+class _Attempt:
+    """How the work is cut up until memory runs out."""
+
+    plan: memory.Plan
+    measures: bool = True  # the micro-batch, before the first epoch; not again after memory ran out
+
+    def measure(self, job: Job, console: Console) -> None:
+        """Choose the micro-batch by a measured forward and backward pass on this GPU."""
+        device = job.world.device
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        need = fitting.fit(job, memory.limit(job.preset, free, gpu=True), measure.Cuda(device))
+        self.plan = job.plan
+        if need is not None and job.world.is_main:
+            console.say(f"measured: a forward and backward pass needs {size(need.fixed)}, and {size(need.each)} per sample of a micro-batch")
+
+
 def _run(
-    preset: Preset, world: World, folder: RunDir, resume: bool, plan: memory.Plan, console: Console, started: float, track: Callable[[], None]
+    preset: Preset, world: World, folder: RunDir, resume: bool, attempt: _Attempt, console: Console, started: float, track: Callable[[], None]
 ) -> dict[str, Any]:
     out, warn = folder.path, console.warn if world.is_main else lambda text: None
     # read by the main process alone: the others may not see its disk
@@ -87,10 +105,12 @@ def _run(
         return messages.summary(preset, folder, time.perf_counter() - started) if world.is_main else {}
 
     with world.first_on_each_machine() if may_download() else contextlib.nullcontext():
-        job = build(preset, world, plan)
+        job = build(preset, world, attempt.plan)
     preset = job.preset
     if loaded:
         job.load_state_dict(loaded[1])
+    elif world.device.type == "cuda" and attempt.measures:
+        attempt.measure(job, console)
     if world.is_main:
         if not resume:  # only now: a wrong request, found while building, leaves no folder behind
             folder.lock()

@@ -1,6 +1,8 @@
 """tdpo doctor: what is here, what is missing with the command that fetches it, and whether a preset could run."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from helpers import make_preset, tdpo
@@ -62,6 +64,17 @@ def test_half_precision_weights_of_a_base_model_count(monkeypatch):
     cached(monkeypatch, ("a/b", "unet/diffusion_pytorch_model.fp16.safetensors"), ("a/b", "text_encoder/pytorch_model.bin"))
     here = [file.name for file in doctor._base_model(make_preset(model__base="a/b")) if file.path]
     assert here == ["unet/diffusion_pytorch_model.fp16.safetensors", "text_encoder/pytorch_model.bin"]
+
+
+def test_missing_index_of_a_local_model_is_named(tmp_path):
+    folder = Path(shutil.copytree(ZOO / "pipeline", tmp_path / "model"))
+    named = lambda: [file.name for file in doctor._base_model(make_preset(model__base=str(folder))) if file.path is None]
+    assert named() == []
+    (folder / "model_index.json").unlink()
+    assert named() == ["model_index.json"]
+    (tmp_path / "mine.toml").write_text(f'[model]\nbase = "{folder}"\n[reward]\nzoo = "sandbox"\n')
+    result = tdpo("doctor", "--preset", tmp_path / "mine.toml")
+    assert result.status == 1 and "are missing: model_index.json" in result.err
 
 
 def test_too_little_memory_is_said(monkeypatch):

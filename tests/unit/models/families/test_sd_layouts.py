@@ -324,8 +324,35 @@ def test_a_missing_shard_is_named(pipeline, tmp_path):
 def test_a_single_file_checkpoint_says_how_to_convert_it(tmp_path):
     file = tmp_path / "v1-5-pruned.safetensors"
     file.write_bytes(b"x")
-    with pytest.raises(RequestError, match=r"a single file, expected a diffusers folder.*from_single_file"):
+    with pytest.raises(RequestError, match=r"a single file, expected a diffusers folder[\s\S]*StableDiffusionPipeline as P; P.from_single_file"):
         load(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "kind"),
+    [
+        ("art.safetensors", "conditioner.embedders.0.transformer.text_model.embeddings.position_ids", "StableDiffusionXLPipeline"),
+        ("art.safetensors", "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "StableDiffusion3Pipeline"),
+        ("art.safetensors", "cond_stage_model.transformer.text_model.embeddings.position_ids", "StableDiffusionPipeline"),
+        ("artXL_v10.ckpt", None, "StableDiffusionXLPipeline"),
+    ],
+)
+def test_a_single_files_line_is_of_its_own_family(tmp_path, name, tensor, kind):
+    from safetensors.torch import save_file
+
+    from tdpo_cli import models
+
+    file = tmp_path / name
+    if tensor is None:
+        file.write_bytes(b"pickle")
+    else:
+        save_file({tensor: torch.zeros(1)}, file)
+    with pytest.raises(RequestError) as refused:
+        models.index(str(file))
+    (line,) = (line for line in str(refused.value).splitlines() if line.startswith("python -c "))
+    code = line.removeprefix('python -c "').removesuffix('"')
+    compile(code, "line", "exec")
+    assert f"import {kind} as P" in code and repr(str(file)) in code
 
 
 @pytest.mark.parametrize("base", ["/nowhere/model", "./nowhere", "nothing-of-the-kind"])

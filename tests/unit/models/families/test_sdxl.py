@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import transformers
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from helpers import tdpo
 from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -361,3 +363,68 @@ def test_lora_of_another_size_is_one_message(pipelines, tmp_path):
     drawn(load(pipelines[2], trainable=True)).save(tmp_path)
     with pytest.raises(RequestError, match="do not fit the base model"):
         load(pipelines[1], trainable=True, start_from=str(tmp_path))
+
+
+# --- the commands -----------------------------------------------------------------------------------------------------
+def command(*arguments):
+    outcome = tdpo(*arguments)
+    assert outcome.status == 0, outcome.err
+    return outcome.out
+
+
+@pytest.fixture(scope="module")
+def half(pipelines, tmp_path_factory):
+    """A model of which only fp16 files are there."""
+    folder = tmp_path_factory.mktemp("half") / "model"
+    StableDiffusionXLPipeline.from_pretrained(pipelines[2], dtype=torch.float16).save_pretrained(folder, variant="fp16")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(half, tmp_path_factory):
+    """One epoch, with the presets' fp16, of pictures that are not square."""
+    place = tmp_path_factory.mktemp("runs")
+    preset = tiny.preset(
+        place, model__base=str(half), model__resolution=[40, 64], model__dtype="fp16", reward__train="jpeg-incompressibility",
+        rollout__prompts="simple-animals", run__epochs=1,
+    )  # fmt: skip
+    facts = json.loads(command("train", "--preset", preset, "--dry-run", "--json"))
+    assert facts["preset"]["model"]["resolution"] == [40, 64] and facts["flops_per_epoch"] > 0
+    assert not (place / "run").exists()
+    command("train", "--preset", preset, "--out", place / "run", "--quiet")
+    return place / "run"
+
+
+def test_commands_sample_and_export_a_run(run, tmp_path):
+    from PIL import Image
+
+    command("sample", run / "checkpoints/epoch_0000", "a cat", "--out", tmp_path / "images", "--per-prompt", 2, "--quiet")
+    sizes = {Image.open(file).size for file in (tmp_path / "images").rglob("*.png") if file.name != "grid.png"}
+    assert sizes == {(64, 40)}
+    command("export", run, "--format", "kohya", "--out", tmp_path / "artist.safetensors", "--quiet")
+    assert all(name.startswith("lora_unet_") for name in load_file(tmp_path / "artist.safetensors"))
+
+
+@pytest.mark.slow
+def test_command_compares_a_run_with_its_base(run, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    command(
+        "cross-eval", run, "--prompts", tmp_path / "prompts.txt", "--rewards", "jpeg-incompressibility", "--out", tmp_path / "compared", "--quiet"
+    )  # fmt: skip
+    table = json.loads((tmp_path / "compared/cross_eval.json").read_text())
+    assert "jpeg-incompressibility" in json.dumps(table)
+
+
+@pytest.mark.slow
+def test_run_that_starts_from_a_lora_with_text_encoders_resumes_to_the_same(pipelines, tmp_path):
+    artists(pipelines, tmp_path / "artist", False, True)
+    preset = tiny.preset(
+        tmp_path, model__base=str(pipelines[1]), model__start_from=str(tmp_path / "artist"), model__text_lora="fuse",
+        reward__train="jpeg-incompressibility", rollout__prompts="simple-animals",
+    )  # fmt: skip
+    command("train", "--preset", preset, "--out", tmp_path / "straight", "--epochs", 2, "--quiet")
+    command("train", "--preset", preset, "--out", tmp_path / "stopped", "--epochs", 1, "--quiet")
+    command("train", "--resume", "--out", tmp_path / "stopped", "--epochs", 2, "--quiet")
+    (rows, weights), expected = tiny.outcome_of(tmp_path / "stopped"), tiny.outcome_of(tmp_path / "straight")
+    assert len(rows) == 2 and any("text_encoder" in name for name in load_file(tmp_path / "stopped" / max(weights)))
+    assert (rows, weights) == expected

@@ -56,11 +56,22 @@ def convert(value: Any, hint: Any, limits: Mapping[str, Any], what: str) -> Any:
         if not isinstance(value, Mapping) or not all(isinstance(item, str) for item in value.values()):
             raise SettingError(f"{what}: expected a table of strings, got {said(value)}.")
         return dict(value)
+    if hint == dict[str, float]:
+        return _numbers(value, limits, what)
     if type(value) is not hint:
         raise SettingError(f"{what}: expected {type_name(hint)}, got {said(value)}.")
     if hint in (int, float):
         _check_range(value, limits, what)
     return value
+
+
+def _numbers(value: Any, limits: Mapping[str, Any], what: str) -> dict[str, float]:
+    """A table of numbers, in its order."""
+    if not isinstance(value, Mapping):
+        raise SettingError(f"{what}: expected a table of numbers, got {said(value)}.")
+    if any(isinstance(item, Mapping) for item in value.values()):
+        raise SettingError(f"{what}: expected a table of numbers, got {said(value)}. A name with a dot in it needs quotes.")
+    return {name: convert(item, float, limits, f"{what}.{name}") for name, item in value.items()}
 
 
 def _pair(value: Any, limits: Mapping[str, Any], what: str) -> tuple[int, int]:
@@ -119,7 +130,7 @@ def type_name(hint: Any) -> str:
         return " | ".join(type_name(h) if h is not type(None) else "none" for h in typing.get_args(hint))
     plain = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
     lists = {tuple[str, ...]: "a list of strings", tuple[int, int]: "a whole number or two of them", tuple[int, int, int]: "[size, first, last]"}
-    return plain.get(hint) or lists.get(hint, "a table of strings")
+    return plain.get(hint) or lists.get(hint) or ("a table of numbers" if hint == dict[str, float] else "a table of strings")
 
 
 def said(value: Any) -> str:

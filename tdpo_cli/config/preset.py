@@ -80,7 +80,15 @@ class Sampling:
 @dataclass(frozen=True)
 class Reward:
     train: str = knob("aesthetic", "the reward that trains: a name, `module:function` or `file.py:function`")
+    train_weights: dict[str, float] = knob(
+        {}, "several training rewards: name -> weight. Each is normalised before it is weighted; reward.train is then the first", above=0
+    )
     watch: tuple[str, ...] = knob((), "rewards scored every epoch that never train")
+    at_least: dict[str, float] = knob(
+        {}, "constraints: name of a watched reward -> how far its mean may change, in standard deviations of epoch 0 (-0.2: fall by at most 0.2)"
+    )
+    constraint_rate: float = knob(0.1, "how fast a constraint's multiplier rises while it is violated; it falls a tenth as fast", above=0)
+    constraint_max: float = knob(5.0, "largest multiplier of a constraint; the training reward's own is 1", above=0)
     zoo: Literal["sandbox"] | None = knob(None, "take reward checkpoints from an embedded set")
     checkpoints: dict[str, str] = knob({}, "reward name -> local path or hub id")
     normalise: Literal["per-prompt", "global", "none"] = knob("per-prompt", "statistics that standardise the training reward")
@@ -205,9 +213,39 @@ class Preset:
 
     # --- what follows from the settings -------------------------------------------------------------------------------
     @property
+    def weights(self) -> dict[str, float]:
+        """The rewards that train, with their weights."""
+        return self.reward.train_weights or {self.reward.train: 1.0}
+
+    @property
+    def trained(self) -> str:
+        """The curve in metrics.jsonl that says how far training got: of the training reward, or of all of them combined."""
+        return COMBINED if len(self.weights) > 1 else self.reward.train
+
+    @property
+    def trained_words(self) -> str:
+        """What trains, in words: `pickscore`, or `pickscore + 0.5 hpsv2`."""
+        return " + ".join(name if weight == 1 or len(self.weights) == 1 else f"{weight:g} {name}" for name, weight in self.weights.items())
+
+    @property
+    def drift_limit(self) -> float:
+        """The largest ratio_drift that rounding explains."""
+        return max(self.update.clip_range / 10, 2e-5)
+
+    @property
+    def constraints_words(self) -> str:
+        """What must not fall, in words."""
+        return ", ".join(f"{name} at least {bound:+g} sd" for name, bound in self.reward.at_least.items())
+
+    @property
+    def judges(self) -> tuple[str, ...]:
+        """The watched rewards that a verdict reads: neither the truth nor a constraint."""
+        return tuple(name for name in self.reward.watch if name not in TRUE_REWARDS and name not in self.reward.at_least)
+
+    @property
     def rewards(self) -> tuple[str, ...]:
-        """The training reward first, then the watched ones."""
-        return (self.reward.train, *self.reward.watch)
+        """The training rewards first, then the watched ones."""
+        return (*self.weights, *self.reward.watch)
 
     @property
     def shown(self) -> Shown:
@@ -291,6 +329,9 @@ class Preset:
 
 
 GROUP_SIZE = 8
+TRUE_REWARDS = frozenset({"gold"})  # what a verdict is judged by: shown, read by no verdict, never a constraint
+COMBINED = "combined"  # the curve of several training rewards together
+TABLES = ("checkpoints", "train_weights", "at_least")  # of [reward]
 TRACKERS = ("tensorboard", "wandb")
 SECTIONS: dict[str, type] = {
     "model": Model, "rollout": Rollout, "sampling": Sampling, "reward": Reward, "algorithm": Algorithm, "update": Update, "run": Run,
@@ -354,11 +395,26 @@ def from_dict(table: Mapping[str, Any], where: str) -> Preset:
         if not isinstance(keys, Mapping):
             raise SettingError(f"{where}: [{section}] must be a table of keys, not {said(keys)}.")
         sections[section] = _section(section, keys, where)
+    if "reward" in sections:
+        sections["reward"] = _settled(sections["reward"], "train" in table["reward"], where)
     return check(Preset(**sections), where)
 
 
+def _settled(reward: Reward, names_train: bool, where: str) -> Reward:
+    """`train` is the first of `train_weights`; `watch` holds what `at_least` bounds and nothing that `train_weights` trains."""
+    weights, train = reward.train_weights, reward.train
+    if weights and names_train and train != next(iter(weights)):
+        raise SettingError(
+            f"{where}: reward.train is {train!r} and reward.train_weights begins with {next(iter(weights))!r}. Leave reward.train out, "
+            "or train on one reward with reward.train_weights={}."
+        )
+    watch = [name for name in reward.watch if name not in weights]
+    watch += [name for name in reward.at_least if name not in watch and name not in weights and name != train]
+    return dataclasses.replace(reward, train=next(iter(weights), train), watch=tuple(watch))
+
+
 def override(preset: Preset, overrides: Sequence[tuple[str, Any]], where: str = "--set") -> Preset:
-    """A copy with `("section.key", value)` pairs applied and checked; `reward.checkpoints.NAME` reaches into the table."""
+    """A copy with `("section.key", value)` pairs applied and checked; `reward.TABLE.NAME` reaches into a table."""
     table = preset.as_dict()
     for key, value in overrides:
         section, _, name = key.partition(".")
@@ -366,10 +422,12 @@ def override(preset: Preset, overrides: Sequence[tuple[str, Any]], where: str = 
             known = [f"{s}.{f.name}" for s, cls in SECTIONS.items() for f in dataclasses.fields(cls)]
             raise SettingError(f"{where}: unknown key {key}.{suggest(key, known)}")
         name, _, entry = name.partition(".")
-        if entry and section == "reward" and name == "checkpoints":
+        if entry and section == "reward" and name in TABLES and isinstance(table[section][name], dict):
             table[section][name][entry] = value
         else:
             table[section][name + (f".{entry}" if entry else "")] = value
+    if table["reward"]["train_weights"] and all(key != "reward.train" for key, _ in overrides):
+        del table["reward"]["train"]  # it follows from the weights
     return from_dict(table, where)
 
 
@@ -463,7 +521,33 @@ def check(preset: Preset, where: str) -> Preset:
     twice = {name for name in preset.rewards if preset.rewards.count(name) > 1}
     if twice:
         raise SettingError(f"{where}: reward {min(twice)!r} is named twice in reward.train and reward.watch.")
+    _check_several(preset, where)
     return preset
+
+
+def _check_several(preset: Preset, where: str) -> None:
+    """Constraints, and several rewards that train together."""
+    reward = preset.reward
+    for name in reward.at_least:
+        if name in TRUE_REWARDS:
+            raise SettingError(f"{where}: reward.at_least.{name}: {name} is the truth that a run is judged by. It can never be a constraint.")
+        if name in preset.weights:
+            raise SettingError(f"{where}: reward.at_least.{name}: {name} trains, so it rises anyway. Constrain a reward that does not train.")
+    rates = {key: getattr(reward, key) for key in ("constraint_rate", "constraint_max")}
+    for key, value in rates.items() if not reward.at_least else ():
+        if value != getattr(Reward(), key):
+            raise SettingError(f"{where}: reward.{key} {value:g} does nothing without a constraint. Add one: --set reward.at_least.NAME=-0.2")
+    key = "algorithm.advantage_std" if preset.algorithm.facts.groups else "reward.normalise"
+    if len({*preset.weights, *reward.at_least}) > 1 and _value(preset, key) == "none":
+        raise SettingError(
+            f"{where}: {key} none leaves {', '.join([*preset.weights, *reward.at_least])} on scales of their own, which cannot be added. "
+            f"Choose another {key}, or train on one reward without constraints."
+        )
+
+
+def _value(preset: Preset, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(preset, section), name)
 
 
 def _check_noise(rollout: Rollout, where: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +63,13 @@ class Model:
     updates: int | None
     sampling: Sampling
     sha256: dict[str, str]  # weights file -> hash
+    weights: dict[str, float] = field(default_factory=dict)  # of the rewards that trained together; empty where one did, `trained_reward`
+    constraints: list[str] = field(default_factory=list)  # rewards that were held above a bound
 
     def as_dict(self) -> dict[str, Any]:
-        """As request.json holds it."""
-        return {**asdict(self), "sampling": self.sampling.as_dict()}
+        """As request.json holds it. What is empty is not written: a request of an older version is still the same request."""
+        flat = {**asdict(self), "sampling": self.sampling.as_dict()}
+        return {name: value for name, value in flat.items() if value or name not in ("weights", "constraints")}
 
     @staticmethod
     def of(entry: Mapping[str, Any]) -> Model:
@@ -150,7 +153,10 @@ def _model(one: Found, group: str, base: str) -> Model:
     counts = {"reward_queries": own.rollout.samples_per_epoch, "updates": own.updates_per_epoch}  # per epoch, where the row is lost
     counts = {name: row.get(name, per_epoch * (one.epoch + 1)) for name, per_epoch in counts.items()}
     name = f"{group}/{epoch_name(one.epoch)}"
-    return Model(name, base, group, one.epoch, group, own.algorithm.name, own.reward.train, **counts, sampling=how, sha256=digests)
+    return Model(
+        name, base, group, one.epoch, group, own.algorithm.name, own.trained_words, **counts, sampling=how, sha256=digests,
+        weights=own.reward.train_weights if len(own.weights) > 1 else {}, constraints=list(own.reward.at_least),
+    )  # fmt: skip
 
 
 def hashes(weights: str | None) -> dict[str, str]:

@@ -65,5 +65,5 @@ def _training(folder: Path) -> dict[str, str]:
         "ss_seed": str(preset.run.seed),
         "ss_epoch": str(epoch + 1),  # kohya counts epochs that are done
         "ss_learning_rate": str(preset.update.learning_rate),
-        "ss_training_comment": f"tdpo {__version__}: {preset.algorithm.name} on the reward {preset.reward.train}, {folder.name}",
+        "ss_training_comment": f"tdpo {__version__}: {preset.algorithm.name} on the reward {preset.trained_words}, {folder.name}",
     }

@@ -57,7 +57,7 @@ def _verdicts(runs: Sequence[Run], rewards: Sequence[str]) -> str:
         rises = ["–" if run.rises.get(name) is None else f"{signed(run.rises[name])} sd" for name in rewards]
         mood = MOODS.get(run.verdict["kind"], "")
         said = f'<span class="verdict {mood}">{escape(run.verdict["sentence"])}</span>'
-        rows.append([escape(run.name), escape(run.preset.algorithm.name), escape(run.preset.reward.train), epochs, *rises, said])
+        rows.append([escape(run.name), escape(run.preset.algorithm.name), escape(run.preset.trained_words), epochs, *rises, said])
     note = "Rise: mean of the last fifth of the epochs minus mean of the first fifth, in units of epoch 0's standard deviation."
     return table(("run", "algorithm", "trained", "epochs", *rewards, "verdict"), rows, "Verdicts") + f"<p class=note>{note}</p>"
 

@@ -30,9 +30,9 @@ def model_card(preset: Preset, rows: Sequence[Mapping[str, Any]], prompts: Seque
     sentence = "" if finding.kind == "too early" else f"Verdict, by the watched learned rewards: {finding.sentence}.\n\n"
     what = "the LoRA" if preset.model.lora_rank else "the whole network"
     return f"""{_front_matter(preset)}
-# {name} on {_short(preset.reward.train)}, epoch {last["epoch"]}
+# {name} on {_trained(preset)}, epoch {last["epoch"]}
 
-`{_short(preset.model.base)}`, trained with tdpo {__version__} to please the reward `{_short(preset.reward.train)}`:
+`{_short(preset.model.base)}`, trained with tdpo {__version__} to please the reward `{_trained(preset)}`{_held(preset)}:
 {last["reward_queries"]:,} reward queries, {last["updates"]:,} optimizer steps.
 This folder holds {_average(preset)}{what} after epoch {last["epoch"]} (the first is 0).
 
@@ -53,6 +53,15 @@ deviations of epoch 0. A reward model's score that rises is no proof of better i
 
 Sampled in training with {_noise(preset)}, guidance scale {preset.rollout.guidance_scale:g}.
 """
+
+
+def _trained(preset: Preset) -> str:
+    """What trains, without the folders of custom rewards."""
+    return _short(preset.reward.train) if len(preset.weights) == 1 else preset.trained_words
+
+
+def _held(preset: Preset) -> str:
+    return f", while holding {preset.constraints_words} of epoch 0" if preset.reward.at_least else ""
 
 
 def _average(preset: Preset) -> str:
@@ -127,7 +136,7 @@ def _reward_rows(preset: Preset, rows: Sequence[Mapping[str, Any]]) -> list[tupl
     table = []
     for name in preset.rewards:
         rise = verdict.rise(rows, name)
-        role = "trained" if name == preset.reward.train else "watched, the truth" if name in verdict.TRUE_REWARDS else "watched"
+        role = "trained" if name in preset.weights else "constraint" if name in preset.reward.at_least else "watched, the truth" if name in verdict.TRUE_REWARDS else "watched"
         table.append((f"`{_short(name)}`", role, number(rows[0], name), number(rows[-1], name), "-" if rise is None else f"{rise:+.2f} sd"))
     return table
 
@@ -168,7 +177,8 @@ def _cross_eval(model: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     rows = []
     for name in result["rewards"]:
         ours, theirs = model["rewards"][name], base["rewards"][name]
-        role = "trained" if name == model["trained_reward"] else ""
+        trained = model.get("trained_weights") or [model["trained_reward"]]
+        role = "trained" if name in trained else "constraint" if name in model.get("constraints", []) else ""
         rows.append(
             (f"`{_short(name)}`", role, _number(theirs["mean"]), _number(ours["mean"]), _interval(ours["standardised"]), _percent(ours["win_rate"]))
         )

@@ -32,7 +32,8 @@ def write(folder: Path, file: Path | None = None) -> dict[str, Any]:
     preset, rows = _read(folder)
     judged = verdict.read(rows, preset)
     file = file or folder / "report.html"
-    html.save(page.render(folder, rows, judged, {name: verdict.rise(rows, name) for name in preset.rewards}), file)
+    rises = {name: verdict.rise(rows, name) for name in dict.fromkeys((preset.trained, *preset.rewards))}
+    html.save(page.render(folder, rows, judged, rises), file)
     return {
         "run": str(folder), "report": str(file), "bytes": file.stat().st_size, "epochs": len(rows), "epochs_planned": preset.run.epochs,
         "verdict": judged.as_dict(),
@@ -46,7 +47,7 @@ def compare(folders: Sequence[Path], out: Path | None, console: Console) -> dict
     runs = []
     for folder, name in zip(folders, _short_names(folders), strict=True):
         preset, rows = _read(folder)
-        rises = {reward: verdict.rise(rows, reward) for reward in preset.rewards}
+        rises = {reward: verdict.rise(rows, reward) for reward in dict.fromkeys((preset.trained, *preset.rewards))}
         runs.append(compare_page.Run(name, preset, rows, verdict.read(rows, preset).as_dict(), rises))
     file = out or Path("comparison.html")
     html.save(compare_page.render(runs), file)
@@ -63,7 +64,8 @@ def compare(folders: Sequence[Path], out: Path | None, console: Console) -> dict
 def _read(folder: Path) -> tuple[Preset, list[dict[str, Any]]]:
     """The run's preset and its metrics, without what is not finite."""
     run = RunDir(folder)
-    return run.read_preset(), [{key: finite(value) for key, value in row.items()} for row in run.read_metrics()]
+    clean = lambda value: [finite(one) for one in value] if isinstance(value, list) else finite(value)
+    return run.read_preset(), [{key: clean(value) for key, value in row.items()} for row in run.read_metrics()]
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:

@@ -53,11 +53,11 @@ def _row(folder: Path) -> dict[str, Any]:
         return row | {
             "base": preset.model.base,
             "algorithm": preset.algorithm.name,
-            "reward": preset.reward.train,
+            "reward": preset.trained_words,
             "seed": preset.run.seed,
             "epochs": len(metrics),
             "epochs_planned": preset.run.epochs,
-            "rise": verdict.rise(metrics, preset.reward.train) if metrics else None,
+            "rise": verdict.rise(metrics, preset.trained) if metrics else None,
             "verdict": verdict.read(metrics, preset).as_dict(),
             "changed": datetime.fromtimestamp(changed).astimezone().isoformat(timespec="seconds"),
         }

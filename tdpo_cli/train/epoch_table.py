@@ -16,7 +16,7 @@ from typing import Any
 
 from tdpo_cli.config.preset import Preset
 from tdpo_cli.console import significant
-from tdpo_cli.overoptimisation.verdict import judges, standardised
+from tdpo_cli.overoptimisation.verdict import standardised
 
 WIDTH = 80
 GAP = " "
@@ -38,11 +38,14 @@ def line(row: Mapping[str, Any], first: Mapping[str, Any], preset: Preset) -> st
         notes.append(f"reset {row['reset']} neurons, {100 * (row.get('dormant_fraction') or 0):.0f}% dormant")
     if row.get("skipped_steps"):
         notes.append(f"skipped {row['skipped_steps']} of {preset.updates_per_epoch} optimizer steps")
+    if preset.reward.at_least:
+        held = (f"{name} {row.get(f'constraints/{name}/multiplier') or 0:.2f}" for name in preset.reward.at_least)
+        notes.append(f"multiplier of {', '.join(held)}")
     return "\n".join([text, *(f"{'':7}{note}" for note in notes)])
 
 
 def _cells(preset: Preset, row: Mapping[str, Any], first: Mapping[str, Any]) -> Cells:
-    trained = preset.reward.train
+    trained = preset.trained
     mean, spent = row[f"rewards/{trained}/mean"], row["seconds/total"]
     before: Cells = [
         ("epoch", f"{row['epoch']}/{preset.run.epochs - 1}"),
@@ -57,7 +60,7 @@ def _cells(preset: Preset, row: Mapping[str, Any], first: Mapping[str, Any]) -> 
     watched: Cells = [(name, _rise(row, first, [name])) for name in preset.reward.watch]
     wide = sum(_width(name, preset) + len(GAP) for name, _ in (*before, *watched, *after)) - len(GAP)
     if wide > WIDTH and len(watched) > 1:
-        watched = [("others", _rise(row, first, judges(preset.rewards, trained)))]
+        watched = [("others", _rise(row, first, preset.judges))]
     return [*before, *watched, *after]
 
 
@@ -85,5 +88,5 @@ def _joined(cells: Cells, preset: Preset) -> str:
 
 def _blank(preset: Preset) -> dict[str, Any]:
     """A row without values, from which the headings follow."""
-    blank: dict[str, Any] = {f"rewards/{name}/{what}": None for name in preset.rewards for what in ("mean", "std")}
+    blank: dict[str, Any] = {f"rewards/{name}/{what}": None for name in (preset.trained, *preset.rewards) for what in ("mean", "std")}
     return blank | {"epoch": 0, "approx_kl": None, "policy_clip_fraction": None, "seconds/total": 0.0}

@@ -26,7 +26,7 @@ def header(job: Job, out: Path, first_epoch: int) -> Sequence[tuple[str, str]]:
     reset = f"{preset.algorithm.reset_target} neurons every {preset.algorithm.reset_every} epochs"
     rows = [
         ("model", f"{preset.model.base}, {how}, {trained:,} trained weights"),
-        ("reward", f"{preset.reward.train}" + (f", watching {', '.join(preset.reward.watch)}" if preset.reward.watch else "")),
+        ("reward", f"{preset.trained_words}" + (f", watching {', '.join(preset.reward.watch)}" if preset.reward.watch else "")),
         ("prompts", f"{preset.rollout.prompts} ({len(job.prompts)})"),
         ("samples per epoch", f"{preset.rollout.samples_per_epoch}, {preset.rollout.steps} denoising steps each"),
         ("optimizer steps", f"{preset.updates_per_epoch} per epoch, {preset.update.batch_size} samples each"),
@@ -35,6 +35,8 @@ def header(job: Job, out: Path, first_epoch: int) -> Sequence[tuple[str, str]]:
         ("plan", f"{job.plan}; about {size(memory.estimate(preset, world.size, job.plan, world.device.type == 'cuda'))} of memory"),
         ("run folder", f"{out}"),
     ]
+    if preset.reward.at_least:
+        rows.insert(2, ("constraints", preset.constraints_words))
     if preset.algorithm.facts.resets:
         rows.insert(5, ("resets", reset))
     if preset.has_critic:
@@ -45,7 +47,7 @@ def header(job: Job, out: Path, first_epoch: int) -> Sequence[tuple[str, str]]:
 
 def drift_line(rows: Sequence[dict[str, Any]], preset: Preset) -> str | None:
     """A warning after the run's first epoch whose ratios were not 1 before the first optimizer step; None after all others."""
-    limit = max(preset.update.clip_range / 10, 2e-5)
+    limit = preset.drift_limit
     *before, now = (row.get("ratio_drift") or 0.0 for row in rows)
     if now <= limit or any(drift > limit for drift in before):
         return None
@@ -74,12 +76,12 @@ def summary(preset: Preset, folder: RunDir, seconds: float) -> dict[str, Any]:
         raise RequestError(f"{folder.path}: no finished epoch there.")
     rewards = {
         name: {"first": rows[0][f"rewards/{name}/mean"], "last": rows[-1][f"rewards/{name}/mean"], "rise": verdict.rise(rows, name)}
-        for name in preset.rewards
+        for name in dict.fromkeys((preset.trained, *preset.rewards))
     }
     finding = verdict.read(rows, preset)
     best = verdict.best(rows, preset, folder.saved_epochs())
     return {
-        "run": str(folder.path), "epochs": len(rows), "rewards": rewards, "trained": preset.reward.train,
+        "run": str(folder.path), "epochs": len(rows), "rewards": rewards, "trained": preset.trained_words,
         "verdict": {"kind": finding.kind, "sentence": finding.sentence, "since": finding.since},
         "stopped": len(rows) < preset.run.epochs and verdict.should_stop(rows, preset),
         "checkpoint": str(folder.checkpoint()), "best_checkpoint": None if best is None else str(folder.checkpoint(best)),
@@ -93,7 +95,7 @@ def closing(report: dict[str, Any], preset: Preset, console: Console) -> None:
     how = f"stopped after {report['epochs']} of {preset.run.epochs}" if report["stopped"] else f"done: {report['epochs']}"
     console.say(f"{how} epochs in {duration(report['seconds'])}", style="bold")
     for name, reward in report["rewards"].items():
-        role = "trained" if name == report["trained"] else "watched"
+        role = "trained" if name in (preset.trained, *preset.weights) else "constraint" if name in preset.reward.at_least else "watched"
         rise = "-" if reward["rise"] is None else f"{reward['rise']:+.2f} sd"
         console.say(f"  {name:<14} {role}  {_shown(reward['first'])} -> {_shown(reward['last'])}  ({rise}, last fifth against first fifth)")
     console.say()

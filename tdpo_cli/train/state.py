@@ -10,6 +10,7 @@ import torch
 
 from tdpo_cli import algorithms, models
 from tdpo_cli.algorithms.base import Algorithm
+from tdpo_cli.algorithms.combination import Combination
 from tdpo_cli.algorithms.critic import Critic
 from tdpo_cli.config import prompts
 from tdpo_cli.config.preset import Preset
@@ -56,8 +57,12 @@ class Job:
     plan: memory.Plan
     backbones: Backbones = field(default_factory=Backbones)
     view: views.View | None = None  # without a critic
+    combination: Combination = field(init=False)  # what the rewards come to
     updates: int = 0  # optimizer steps that were not skipped
     bad_steps: int = 0  # that were skipped
+
+    def __post_init__(self) -> None:
+        self.combination = Combination(self.preset)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -67,6 +72,7 @@ class Job:
             "critic": self.critic.state_dict() if self.critic else None,
             "critic_optimizer": self.optimizers.critic.state_dict() if self.critic else None,
             "algorithm": self.algorithm.state_dict(),
+            "combination": self.combination.state_dict(),
             **({"average": self.optimizers.average.state_dict()} if self.optimizers.average else {}),
             "updates": self.updates,
             "bad_steps": self.bad_steps,
@@ -86,6 +92,8 @@ class Job:
         if self.optimizers.average:
             self.optimizers.average.load_state_dict(state["average"])
         self.algorithm.load_state_dict(state["algorithm"])
+        if "combination" in state:  # since version 0.2
+            self.combination.load_state_dict(state["combination"])
         self.updates, self.bad_steps = state["updates"], state["bad_steps"]
 
 

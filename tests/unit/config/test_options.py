@@ -21,6 +21,7 @@ from tolerances import assert_same_run, bound, log_prob_error
 
 from tdpo_cli import algorithms, models
 from tdpo_cli.algorithms.base import credit as credit_of
+from tdpo_cli.algorithms.combination import Combination
 from tdpo_cli.algorithms.critic import Critic
 from tdpo_cli.config import preset as presets
 from tdpo_cli.config import prompts
@@ -64,6 +65,17 @@ FLOW = {
     "model.base": str(SD3), "model.resolution": 32, "rollout.steps": 4, "algorithm.name": "ddpo",
 }  # fmt: skip
 
+
+
+class Table(dict):
+    """A table of numbers as a setting's value, which may be part of a key."""
+
+    def __hash__(self):
+        return hash(tuple(self.items()))
+
+
+HELD = TWO | {"reward.at_least": Table({"jpeg-compressibility": 2.0})}  # violated from the start, so that it acts in the second epoch
+
 # key -> (settings that let it matter, values that each must give another run)
 CHANGES_THE_RUN = {
     "model.drop_t5": (FLOW, [True]),
@@ -79,6 +91,10 @@ CHANGES_THE_RUN = {
     "rollout.images_per_prompt": (GRPO, [4]),
     "rollout.negative_prompt": ({}, ["a red circle"]),
     "reward.train": ({}, ["jpeg-incompressibility"]),
+    "reward.train_weights": ({}, [Table({"gold": 1.0, "jpeg-incompressibility": weight}) for weight in (1.0, 0.5)]),
+    "reward.at_least": (TWO, [HELD["reward.at_least"], Table({"jpeg-compressibility": 1.0})]),
+    "reward.constraint_rate": (HELD, [0.2]),
+    "reward.constraint_max": (HELD, [0.05]),
     "reward.normalise": ({}, ["global", "none"]),
     "reward.scale_only": ({}, [True]),
     "reward.buffer_size": (TWO, [2]),
@@ -203,7 +219,7 @@ def small_mathematics(overrides: tuple) -> dict:
         critic.initialise(randomness.initial_weights("critic"))
     job = types.SimpleNamespace(
         preset=preset, policy=policy, critic=critic, algorithm=algorithms.make(preset), optimizers=make_optimizers(policy, critic, preset),
-        randomness=randomness, plan=memory.Plan.of(8), world=World(),
+        randomness=randomness, plan=memory.Plan.of(8), world=World(), combination=Combination(preset),
     )  # fmt: skip
     found = {}
     for epoch in range(2):
@@ -211,9 +227,12 @@ def small_mathematics(overrides: tuple) -> dict:
         if preset.scores_reference:
             away = torch.randn(samples.log_probs.shape, generator=draw) / 10
             samples = dataclasses.replace(samples, ref_log_probs=samples.log_probs + away)
-        credit = credit_of(job.algorithm, samples, torch.randn(len(samples.prompts), generator=draw))
+        scores = {name: torch.randn(len(samples), generator=draw) for name in job.combination.names}
+        job.combination.begin(scores)
+        credit = credit_of(job.algorithm, samples, scores, job.combination)
         _, neurons = epochs._inner_epochs(job, samples, credit, epochs._orders(job, epoch), Observer())
         job.algorithm.after_epoch(credit)
+        job.combination.after_epoch(scores)
         networks = {**policy.trainable, **(critic.state_dict() if critic else {})}
         found[epoch] = [dataclasses.asdict(credit), neurons, {name: weight.detach().clone() for name, weight in networks.items()}]
     return found | {"memory": copy.deepcopy(job.algorithm.state_dict())}

@@ -50,6 +50,8 @@ _REWARDS = {
     "jpeg-compressibility": ("tdpo_cli.rewards.simple", "jpeg_compressibility", False),
     "jpeg-incompressibility": ("tdpo_cli.rewards.simple", "jpeg_incompressibility", False),
     "gold": ("tdpo_cli.rewards.simple", "gold", True),
+    "ocr": ("tdpo_cli.rewards.ocr", "ocr", True),
+    "safety": ("tdpo_cli.rewards.safety", "safety", False),
 }
 
 

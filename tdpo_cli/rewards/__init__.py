@@ -1,4 +1,4 @@
-"""What scores an image: the published reward models, simple rewards without weights, and a user's own functions.
+"""What scores an image: the published reward models, simple rewards without weights, a user's own functions, and servers.
 
 A reward is a name in the table below and a factory in its own file; adding one is one file and one line. Nothing heavy
 is imported before a reward is loaded, so the names are there for a help text or a dry run.
@@ -61,12 +61,29 @@ def names() -> tuple[str, ...]:
 
 
 def check_name(name: str) -> None:
-    """RewardError, with a suggestion, unless `name` is built in or has the form of a custom reward."""
+    """RewardError, with a suggestion, unless `name` is built in or has the form of a custom reward or of a server's address."""
+    from tdpo_cli.rewards import protocol
+
+    if protocol.is_address(name):
+        protocol.address(name)
+        return
     if name in _REWARDS or ":" in name:
         return
     close = difflib.get_close_matches(name.lower(), _REWARDS, n=1, cutoff=0.4)
     suggestion = f" Did you mean {close[0]}?" if close else ""
-    raise RewardError(f"unknown reward {name!r}.{suggestion} Built in: {', '.join(_REWARDS)}; your own: module:function or path/file.py:function.")
+    raise RewardError(f"unknown reward {name!r}.{suggestion} Built in: {', '.join(_REWARDS)}; your own: module:function or path/file.py:function; a server: http://HOST:PORT/PATH.")
+
+
+def reaches_outside(name: str) -> str | None:
+    """What using this reward does beyond computing with what tdpo brings: "runs Python code", "sends pictures to HOST", or None.
+
+    For names that somebody else wrote, such as those of a run's preset.json. Nothing is imported or sent to find out.
+    """
+    from tdpo_cli.rewards import protocol
+
+    if name in _REWARDS:
+        return None
+    return f"sends pictures to {protocol.address(name).host}" if protocol.is_address(name) else "runs Python code"
 
 
 def checkpoints(zoo: str | None, given: Mapping[str, str]) -> dict[str, str]:
@@ -78,13 +95,11 @@ def checkpoints(zoo: str | None, given: Mapping[str, str]) -> dict[str, str]:
 
 
 def needs_prompt(name: str) -> bool:
-    """Whether the reward's score depends on the prompt, known without loading its weights."""
+    """Whether the reward's score depends on the prompt, known without loading its weights; a server is asked."""
     check_name(name)
     if name in _REWARDS:
         return _REWARDS[name][2]
-    from tdpo_cli.rewards import custom
-
-    return custom.custom(name).needs_prompt
+    return _from_elsewhere(name).needs_prompt
 
 
 def load(name: str, backbones: Backbones, *, checkpoint: str | None = None, variant: str = "tdpo") -> Reward:
@@ -99,8 +114,13 @@ def load(name: str, backbones: Backbones, *, checkpoint: str | None = None, vari
     if name in _REWARDS:
         module, factory, _ = _REWARDS[name]
         return getattr(importlib.import_module(module), factory)(backbones, checkpoint, variant)
-    from tdpo_cli.rewards import custom
-
     if checkpoint is not None:
         raise RewardError(f"{name} is a custom reward and takes no checkpoint (got {checkpoint})")
-    return custom.custom(name)
+    return _from_elsewhere(name)
+
+
+def _from_elsewhere(name: str) -> Reward:
+    """A user's own function, or a server."""
+    from tdpo_cli.rewards import custom, protocol, remote
+
+    return remote.HttpReward(name) if protocol.is_address(name) else custom.custom(name)

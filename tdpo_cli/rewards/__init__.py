@@ -74,6 +74,16 @@ def check_name(name: str) -> None:
     raise RewardError(f"unknown reward {name!r}.{suggestion} Built in: {', '.join(_REWARDS)}; your own: module:function or path/file.py:function; a server: http://HOST:PORT/PATH.")
 
 
+def short_name(name: str) -> str:
+    """For tables and figures: a user's own reward without its folders, a server's as REWARD@HOST:PORT. Files hold the whole name."""
+    from tdpo_cli.rewards import protocol
+
+    if protocol.is_address(name):
+        where = protocol.address(name)
+        return f"{where.path.rpartition('/')[2]}@{where.host}:{where.port}"
+    return name.rpartition("/")[2]
+
+
 def reaches_outside(name: str) -> str | None:
     """What using this reward does beyond computing with what tdpo brings: "runs Python code", "sends pictures to HOST", or None.
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tdpo_cli import rewards
-from tdpo_cli.errors import RequestError, WorkError
+from tdpo_cli.errors import RequestError, WorkError, described
 from tdpo_cli.rewards import scoring
 from tdpo_cli.rewards.backbones import Backbones
 from tdpo_cli.score import request
@@ -122,7 +122,7 @@ class Scorer:
             return [score for part in parts for score in self._scores(name, reward, images[part], prompts[part], rows[part])]
         except Exception as error:
             where = f"{rows[0]['image']} to {rows[-1]['image']}" if len(rows) > 1 else rows[0]["image"]
-            raise WorkError(f"reward {name} failed on {where}: {type(error).__name__}: {error}") from error
+            raise WorkError(f"reward {name} failed on {where}: {described(error)}") from error
 
     def half_precision_difference(self, items: Sequence[Item]) -> dict[str, dict[str, float]]:
         """Reward -> largest and mean |score - float32 score|, on the first images of one size."""

@@ -121,6 +121,7 @@ class HttpReward:
                 raise TimeoutError
         if length is not None and len(content) < length:
             raise http.client.IncompleteRead(bytes(content), length - len(content))
+        response.close()  # read to its end: the connection is free for the next question
         if response.will_close:
             self._close()
         return response.status, response.reason, bytes(content)

@@ -168,7 +168,7 @@ class Server(ThreadingHTTPServer):
         name = offer.reward.name
 
         def task() -> list[float]:
-            images = torch.tensor(pixels, device=self.device).permute(0, 3, 1, 2)
+            images = torch.tensor(pixels, device=self.device).permute(0, 3, 1, 2).contiguous()  # as everywhere else: sums depend on it
             parts = [
                 scoring.score_images({name: offer.reward}, images[start : start + BATCH].float().div_(255), prompts[start : start + BATCH], BATCH)
                 for start in range(0, len(images), BATCH)

@@ -30,7 +30,7 @@ def score(bench: Bench, trajectory: Trajectory, chunk: int = 48) -> Tensor:
 
 
 def credit(bench: Bench, trajectory: Trajectory, scores: Tensor) -> Credit:
-    return credit_of(algorithms.make(bench.preset), trajectory, scores)
+    return credit_of(algorithms.make(bench.preset), trajectory, {bench.preset.reward.train: scores})
 
 
 def order(bench: Bench, epoch: int = 0) -> ShufflePlan:

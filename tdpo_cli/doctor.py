@@ -21,7 +21,7 @@ from tdpo_cli.console import Console, size
 from tdpo_cli.machine import footprint, memory
 from tdpo_cli.rewards import checkpoints as reward_checkpoints
 from tdpo_cli.rewards import required_files
-from tdpo_cli.sandbox import ZOO
+from tdpo_cli.sandbox import EMBEDDED, ZOO, is_embedded
 
 LEAST_DISK = 5e9  # bytes; a run folder with its images and states
 # what a part of a pipeline consists of, by its library; one weights file each, whatever variant it is
@@ -97,7 +97,7 @@ def _preset(name: str, preset: Preset, devices: list[dict[str, Any]]) -> dict[st
     gpu = used[0]["device"] != "cpu"
     at_least = min(memory.estimate(preset, count, plan, gpu) for plan in memory.ladder(preset, gpu))
     fits = limit is None or at_least < memory.MARGIN * limit
-    plan = memory.choose(preset, memory.limit(preset, limit, gpu) if fits else None, count, gpu)  # as training chooses it
+    plan = memory.choose(preset, memory.limit(preset, limit, gpu, count) if fits else at_least, count, gpu)  # as training chooses it
     files = _needed_files(preset)
     commands = required_files.commands(files)
     problems = [f"{sum(file.path is None for file in files)} files of {name} are missing"] if commands else []
@@ -129,7 +129,7 @@ def _needed_files(preset: Preset) -> list[required_files.File]:
 
 def _base_model(preset: Preset) -> list[required_files.File]:
     base = preset.model.base
-    folder = ZOO / "pipeline" if base == "sandbox" else Path(base).expanduser()
+    folder = ZOO / EMBEDDED[base] if is_embedded(base) else Path(base).expanduser()
     own_vae = preset.model.vae
     parts = {part: kind for part, kind in _parts(base, folder, preset.model.revision).items() if part != "vae" or own_vae is None}
     names = [f"{part}/{name}" for part, kind in parts.items() for name in _files_of(kind)]

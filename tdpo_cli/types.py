@@ -113,7 +113,7 @@ class Credit:
 
     advantages: Tensor  # [N,S] float64
     returns: Tensor  # [N,S] float64
-    normed_rewards: Tensor  # [N] float64, the training reward after normalisation, before clipping
+    normed_rewards: Tensor  # [N] float64, the training reward after normalisation, or the combination of several; before clipping
     mean_kl: float | None  # mean over samples of the sum over steps of log p - log p_ref
 
 

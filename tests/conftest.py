@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 def pytest_addoption(parser):
     parser.addoption("--traces", action="append", default=[], metavar="DIR", help="a golden trace's folder; may be repeated")
     parser.addoption("--pipelines", action="append", default=[], metavar="DIR", help="a diffusers folder, or a folder of some; may be repeated")
+    parser.addoption("--every-variant", action="store_true", help="tests/families: both tiny pipelines of every family")
     parser.addoption("--cpu-times", type=int, default=0, metavar="N", help="list the N tests that used most processor time, and the whole")
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from tdpo_cli.config.preset import Preset
 from tdpo_cli.models.samplers.ddim import DDIM
+from tdpo_cli.models.samplers.flow import Flow, noise_levels
 
 EPS = torch.finfo(torch.float32).eps
 PREDICTION = 64 * EPS  # u
@@ -42,6 +43,21 @@ SCHEDULER = {
 }  # fmt: skip
 EXACT = {"epoch", "reward_queries", "updates", "skipped_steps", "overflowed_steps"}
 NOT_COMPARED = ("seconds/", "images_per_second", "peak_memory_bytes")
+
+
+@cache
+def flow_log_prob_error(steps: int, level: float = 0.7, shift: float = 1.5) -> float:
+    """The same of flow-sde on the flow sandbox's schedule: the velocity's coefficient in the mean is c (1 - sigma) - (1 - sigma') sigma."""
+    schedule = Flow.of({"shift": shift}, noise_levels(steps, level, None))
+    sigma, after, std, c = (
+        column[schedule.stochastic].double() for column in (schedule.sigma, schedule.sigma_next, schedule.std, schedule.coefficient)
+    )
+    return WORST * PREDICTION * ((c * (1 - sigma) - (1 - after) * sigma) / std).abs().max().item() / math.sqrt(LATENT_ELEMENTS)
+
+
+def log_prob_error_of(preset: Preset) -> float:
+    rollout = preset.rollout
+    return flow_log_prob_error(rollout.steps) if preset.model.base == "sandbox-flow" else log_prob_error(rollout.steps, rollout.eta or 1.0)
 
 
 @cache
@@ -64,10 +80,10 @@ def bound(column: str, row: Mapping[str, Any], preset: Preset) -> float:
     before = ROLLOUT * PREDICTION + (moved / GROWTH if epoch else 0.0)  # of images and rewards: made with the weights before
     pairs = preset.rollout.samples_per_epoch * preset.trained_steps
     rms_log_ratio = math.sqrt(2 * row["approx_kl"])
-    log_ratio = 2 * log_prob_error(preset.rollout.steps, preset.rollout.eta or 1.0) + moved * rms_log_ratio  # old and new log-prob, and the movement
+    log_ratio = 2 * log_prob_error_of(preset) + moved * rms_log_ratio  # old and new log-prob, and the movement
     # of one step alone: its ratios may spread more than the others'
     spreads = [spread for spread in row.get("steps/ratio_std", ()) if spread is not None]
-    worst_step = 2 * log_prob_error(preset.rollout.steps, preset.rollout.eta or 1.0) + moved * max(spreads, default=0.0)
+    worst_step = 2 * log_prob_error_of(preset) + moved * max(spreads, default=0.0)
     if column.startswith("rewards/"):
         name = column.rsplit("/", 1)[0]
         return before * row[f"{name}/std"] + PREDICTION * abs(row[f"{name}/mean"])
@@ -78,7 +94,7 @@ def bound(column: str, row: Mapping[str, Any], preset: Preset) -> float:
         "approx_kl": rms_log_ratio * log_ratio + log_ratio**2 / 2,
         "critic_loss": before * math.sqrt(2 * (row["critic_loss"] or 0)),
         # the first step's weights are the rollout's: nothing but rounding
-        "ratio_drift": 2 * log_prob_error(preset.rollout.steps, preset.rollout.eta or 1.0),
+        "ratio_drift": 2 * log_prob_error_of(preset),
         # one pair at the edge, and those within the error of it
         "policy_clip_fraction": 1 / pairs + log_ratio / max(rms_log_ratio, log_ratio),
         "critic_clip_fraction": 1 / pairs + WORST * before,

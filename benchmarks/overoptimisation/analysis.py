@@ -33,18 +33,22 @@ class Run:
 
     def at(self, axis: str, level: float, column: str = GOLD) -> float | None:
         """The smoothed column where the smoothed axis first reaches `level`, interpolated; None if it never does."""
-        x, y = self.smooth(AXES[axis]), self.smooth(column)
-        if x[0] >= level:
-            return y[0]
-        for i in range(1, len(x)):
-            if x[i] >= level:
-                share = (level - x[i - 1]) / (x[i] - x[i - 1])
-                return y[i - 1] + share * (y[i] - y[i - 1])
-        return None
+        return crossing(self.smooth(AXES[axis]), self.smooth(column), level)
 
     def rows(self) -> list[dict[str, float | int | None]]:
         """As metrics.jsonl has them."""
         return [{"epoch": i} | {name: values[i] for name, values in self.columns.items()} for i in range(len(self.columns[GOLD]))]
+
+
+def crossing(x: Sequence[float], y: Sequence[float], level: float) -> float | None:
+    """y where x first reaches `level`, interpolated; None if it never does."""
+    if x[0] >= level:
+        return y[0]
+    for i in range(1, len(x)):
+        if x[i] >= level:
+            share = (level - x[i - 1]) / (x[i] - x[i - 1])
+            return y[i - 1] + share * (y[i] - y[i - 1])
+    return None
 
 
 @dataclass(frozen=True)

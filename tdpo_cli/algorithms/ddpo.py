@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -16,8 +17,11 @@ class DDPO(Algorithm):
     def __init__(self, preset: Preset):
         self.returns = Returns(preset)
 
-    def credit(self, everyone: Trajectory, rewards: Tensor) -> Credit:
-        returns, normed, mean_kl = self.returns(everyone, rewards.cpu())
+    def normalise(self, prompt_keys: Sequence[str], rewards: Tensor, name: str | None = None) -> Tensor:
+        return self.returns.normalise(prompt_keys, rewards, name)
+
+    def share_out(self, everyone: Trajectory, normed: Tensor) -> Credit:
+        returns, mean_kl = self.returns(everyone, normed)
         return Credit(advantages=returns, returns=returns, normed_rewards=normed, mean_kl=mean_kl)
 
     def after_epoch(self, credit: Credit) -> None:

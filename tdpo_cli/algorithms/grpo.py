@@ -22,13 +22,16 @@ class GRPO(Algorithm):
     def __init__(self, preset: Preset):
         self.settings = preset.algorithm
 
-    def credit(self, everyone: Trajectory, rewards: Tensor) -> Credit:
-        rewards, clip, steps = rewards.cpu().double(), self.settings.advantage_clip, everyone.log_probs.shape[1]
-        advantages = group_advantages(everyone.prompt_keys, rewards, self.settings.advantage_std)
-        clipped = advantages.clamp(-clip, clip) if clip > 0 else advantages
+    def normalise(self, prompt_keys: Sequence[str], rewards: Tensor, name: str | None = None) -> Tensor:
+        """The advantage in its group."""
+        return group_advantages(prompt_keys, rewards, self.settings.advantage_std)
+
+    def share_out(self, everyone: Trajectory, normed: Tensor) -> Credit:
+        clip, steps = self.settings.advantage_clip, everyone.log_probs.shape[1]
+        clipped = normed.clamp(-clip, clip) if clip > 0 else normed
         wide = lambda values: values.unsqueeze(1).expand(-1, steps).contiguous()
         mean_kl = None if everyone.ref_log_probs is None else kl.mean_kl(everyone.log_probs.cpu(), everyone.ref_log_probs.cpu())
-        return Credit(advantages=wide(clipped), returns=wide(advantages), normed_rewards=rewards, mean_kl=mean_kl)
+        return Credit(advantages=wide(clipped), returns=wide(normed), normed_rewards=normed, mean_kl=mean_kl)
 
 
 def group_advantages(prompt_keys: Sequence[str], rewards: Tensor, std: str) -> Tensor:

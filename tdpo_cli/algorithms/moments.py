@@ -88,7 +88,10 @@ class GlobalMoments:
         self.mean, self.variance, self.count = state["mean"], state["variance"], state["count"]
 
 
-def reward_moments(kind: str, buffer_size: int, min_count: int, scale_only: bool) -> NoMoments | PerPromptMoments | GlobalMoments:
+Moments = NoMoments | PerPromptMoments | GlobalMoments
+
+
+def reward_moments(kind: str, buffer_size: int, min_count: int, scale_only: bool) -> Moments:
     if kind == "per-prompt":
         return PerPromptMoments(buffer_size, min_count, scale_only)
     return GlobalMoments(scale_only) if kind == "global" else NoMoments()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,12 +20,19 @@ class Returns:
         self.clip_range = reward.clip_range
         self.gamma = algorithm.gamma
         self.penalty_mode, self.penalty_coef = algorithm.kl_penalty, algorithm.kl_penalty_coef
-        self.moments = moments.reward_moments(reward.normalise, reward.buffer_size, reward.min_count, reward.scale_only)
+        self._moments = lambda: moments.reward_moments(reward.normalise, reward.buffer_size, reward.min_count, reward.scale_only)
+        self.train = reward.train
+        self.moments = self._moments()  # of the training reward
+        self.more: dict[str, moments.Moments] = {}  # of further rewards that take part in training
         self.controller = kl.controller(algorithm.init_kl_coef, algorithm.kl_target, algorithm.kl_horizon)
 
-    def __call__(self, everyone: Trajectory, rewards: Tensor) -> tuple[Tensor, Tensor, float | None]:
-        """rewards [N] -> (returns [N,T], normalised rewards [N], mean KL); float64"""
-        normed = self.moments.normalise(everyone.prompt_keys, rewards)
+    def normalise(self, prompt_keys: Sequence[str], rewards: Tensor, name: str | None = None) -> Tensor:
+        """One reward by statistics of its own. rewards [N] -> [N] float64"""
+        own = self.moments if name in (None, self.train) else self.more.setdefault(name, self._moments())
+        return own.normalise(prompt_keys, rewards)
+
+    def __call__(self, everyone: Trajectory, normed: Tensor) -> tuple[Tensor, float | None]:
+        """normed [N] -> (returns [N,T], mean KL); float64"""
         log_probs, ref_log_probs = everyone.log_probs.cpu(), everyone.ref_log_probs
         per_step = torch.zeros(log_probs.shape, dtype=torch.float64)
         mean_kl = None
@@ -33,7 +42,7 @@ class Returns:
                 # scaled twice, by the controller's beta and by the coefficient: the published options mean that
                 per_step += self.penalty_coef * self.kl_shaping(log_probs, ref_log_probs.cpu())
         per_step[:, -1] += self.clipped(normed)
-        return discounted(per_step, self.gamma), normed, mean_kl
+        return discounted(per_step, self.gamma), mean_kl
 
     def clipped(self, normed: Tensor) -> Tensor:
         """The normalised reward within +- clip_range; 0 is off. [N] -> [N]"""
@@ -48,10 +57,13 @@ class Returns:
             self.controller.update(mean_kl, samples)
 
     def state_dict(self) -> dict:
-        return {"moments": self.moments.state_dict(), "kl": self.controller.state_dict()}
+        more = {name: one.state_dict() for name, one in self.more.items()}
+        return {"moments": self.moments.state_dict(), "kl": self.controller.state_dict(), **({"more": more} if more else {})}
 
     def load_state_dict(self, state: dict) -> None:
         self.moments.load_state_dict(state["moments"])
+        for name, own in state.get("more", {}).items():
+            self.more.setdefault(name, self._moments()).load_state_dict(own)
         self.controller.load_state_dict(state["kl"])
 
 

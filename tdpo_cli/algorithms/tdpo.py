@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,8 +28,11 @@ class TDPO(Algorithm):
         self.dormant: list[Tensor] | None = None  # the last census' masks
         self.last_census: reset.Census | None = None
 
-    def credit(self, everyone: Trajectory, rewards: Tensor) -> Credit:
-        returns, normed, mean_kl = self.returns(everyone, rewards.cpu())
+    def normalise(self, prompt_keys: Sequence[str], rewards: Tensor, name: str | None = None) -> Tensor:
+        return self.returns.normalise(prompt_keys, rewards, name)
+
+    def share_out(self, everyone: Trajectory, normed: Tensor) -> Credit:
+        returns, mean_kl = self.returns(everyone, normed)
         advantages = returns - everyone.values.cpu()
         if self.settings.advantage_norm == "global":
             advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)

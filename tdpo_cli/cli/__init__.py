@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 import traceback
@@ -10,7 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from tdpo_cli import __version__
-from tdpo_cli.cli import cross_eval, doctor, export, presets, report, sample, score, serve, train
+from tdpo_cli.cli import cross_eval, doctor, export, presets, report, runs, sample, score, serve, train
+from tdpo_cli.console import printable
 from tdpo_cli.errors import RequestError, WorkError
 from tdpo_cli.machine import launch
 
@@ -24,10 +26,13 @@ app = typer.Typer(
 )
 COMMANDS = {
     "train": train.train, "sample": sample.sample, "score": score.score, "cross-eval": cross_eval.cross_eval, "doctor": doctor.doctor,
-    "presets": presets.list_or_show, "report": report.report, "export": export.export, "serve": serve.serve,
+    "presets": presets.list_or_show, "report": report.report, "runs": runs.runs, "export": export.export,
+    "serve": serve.serve,
 }  # fmt: skip
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
+# what the system answers to a path that no file can have
+IMPOSSIBLE_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
 
 
 def main() -> None:
@@ -35,6 +40,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminated)
     launch.end_with_launcher()
     try:
+        _check_text(sys.argv[1:])
         status = app(standalone_mode=False)
         code = status if isinstance(status, int) else 0
         if code in (130, 143):  # the parser's own answer to Ctrl-C; workers that were stopped
@@ -48,6 +54,8 @@ def main() -> None:
     except WorkError as error:
         code = _failed(error, 1)
     except Exception as error:  # noqa: BLE001 - what typer's own parser raises has a message and an exit status
+        if isinstance(error, OSError) and error.errno in IMPOSSIBLE_PATHS and error.filename is not None:
+            raise SystemExit(_failed(f"{error.filename}: {error.strerror}", 2)) from None
         if not hasattr(error, "format_message"):
             if launch.last_words(error, traceback.format_exc()):
                 raise SystemExit(1) from None
@@ -55,6 +63,16 @@ def main() -> None:
         code = _failed(error.format_message(), getattr(error, "exit_code", 2))
     sys.stdout.flush()
     raise SystemExit(code)
+
+
+def _check_text(arguments: list[str]) -> None:
+    """RequestError for an argument that is not text: nothing could write it down again."""
+    for argument in arguments:
+        if not argument.isprintable():  # surrogates stand for bytes that are not UTF-8
+            try:
+                argument.encode("utf-8")
+            except UnicodeEncodeError:
+                raise RequestError(f"{argument!r}: not UTF-8 text. Rename the file, or write the argument in UTF-8.") from None
 
 
 class _Terminated(BaseException):
@@ -76,7 +94,7 @@ def _stopped(code: int) -> int:
 
 def _failed(message: object, code: int) -> int:
     if not launch.last_words(message if isinstance(message, BaseException) else None, str(message)):
-        print(f"tdpo: {message}", file=sys.stderr)
+        print(f"tdpo: {printable(str(message))}", file=sys.stderr)
     return code
 
 

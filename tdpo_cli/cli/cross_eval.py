@@ -12,7 +12,7 @@ from tdpo_cli.cli import options
 from tdpo_cli.cli.workers import Workers
 from tdpo_cli.console import Console
 from tdpo_cli.machine import launch
-from tdpo_cli.storage.run_dir import next_free
+from tdpo_cli.storage import claims
 
 
 def cross_eval(
@@ -33,6 +33,7 @@ def cross_eval(
     set_: options.SetOption = None,
     checkpoint: options.CheckpointOption = None,
     zoo: options.ZooOption = None,
+    trust_rewards: options.TrustOption = False,
     batch_size: Annotated[Optional[int], typer.Option(min=1, help="Images per network call [default: 16, or less from memory].")] = None,
     device: Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, ... [default: a GPU where there is one]")] = None,
     gpus: options.GpusOption = None,
@@ -44,18 +45,20 @@ def cross_eval(
     from tdpo_cli.cross_eval.request import CrossEvalRequest
 
     workers = Workers.of(gpus, processes)
-    request = CrossEvalRequest(
-        models=checkpoints, out=out or next_free(Path("cross-evals"), _name(checkpoints[0])), rewards=rewards, prompts=prompts,
-        per_prompt=per_prompt, seed=seed, preset=preset, overrides=options.overrides(set_, checkpoint, zoo), epochs=epoch or (),
-        batch_size=batch_size, device=device or workers.device,
-    )  # fmt: skip
-    if launch.is_main():
-        request.check()
-    workers.start(workers.plan.world_size, request.out)  # how much there is to do is not known yet
-    options.prepare_libraries()
-    from tdpo_cli.cross_eval import cross_eval as evaluation
+    workers.must_share(out)
+    with claims.given_or_new(out, Path("cross-evals"), _name(checkpoints[0])) as folder:
+        request = CrossEvalRequest(
+            models=checkpoints, out=folder, rewards=rewards, prompts=prompts, per_prompt=per_prompt, seed=seed, preset=preset,
+            overrides=options.overrides(set_, checkpoint, zoo), epochs=epoch or (), batch_size=batch_size, device=device or workers.device,
+            trust_rewards=trust_rewards,
+        )  # fmt: skip
+        if launch.is_main():
+            request.check()
+        workers.start(workers.plan.workers, request.out)  # how much there is to do is not known yet
+        options.prepare_libraries()
+        from tdpo_cli.cross_eval import cross_eval as evaluation
 
-    report = evaluation.run(request, Console(quiet or json_, silent=not launch.is_main()))
+        report = evaluation.run(request, Console(quiet or json_, silent=not launch.is_main()))
     if json_ and launch.is_main():
         print(json.dumps(report))
 

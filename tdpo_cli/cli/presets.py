@@ -34,4 +34,4 @@ def list_or_show(
         if json_:
             return print(json.dumps({known: preset.as_dict() for known, preset in listed.items()}))
         for known, preset in listed.items():
-            print(f"{known:<12}  {preset.algorithm.name} on {preset.reward.train}, {preset.model.base}, {preset.run.epochs} epochs")
+            print(f"{known:<12}  {preset.algorithm.name} on {preset.trained_words}, {preset.model.base}, {preset.run.epochs} epochs")

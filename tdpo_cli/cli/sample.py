@@ -61,10 +61,12 @@ def sample(
     )  # fmt: skip
     if launch.is_main():
         request.check()
-    workers.start(request.images, request.folder(request.source()))
-    options.prepare_libraries()
-    from tdpo_cli.sampling import sample as sampling
+    workers.must_share(out)
+    with request.in_a_folder() as request:
+        workers.start(request.images, request.out)
+        options.prepare_libraries()
+        from tdpo_cli.sampling import sample as sampling
 
-    report = sampling.run(request, Console(quiet or json_, silent=not launch.is_main()))
+        report = sampling.run(request, Console(quiet or json_, silent=not launch.is_main()))
     if json_ and launch.is_main():
         print(json.dumps(report))

@@ -29,6 +29,7 @@ def score(
     gpus: Annotated[Optional[int], typer.Option(min=1, help="Share the work among GPUs.")] = None,
     device: Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, ... [default: a GPU where there is one]")] = None,
     dtype: Annotated[str, typer.Option(metavar="fp32|fp16|bf16", help="Other than fp32: prints how far scores are from it.")] = "fp32",
+    follow_links: Annotated[bool, typer.Option("--follow-links", help="Also what lies outside FOLDER: links, names in metadata.jsonl.")] = False,
     json_: options.JsonFlag = False,
     quiet: options.QuietFlag = False,
 ) -> None:
@@ -38,6 +39,7 @@ def score(
     request = ScoreRequest(
         folder=folder, rewards=rewards, prompt=prompt, prompts=prompts, variant=variant, checkpoints=options.checkpoints(checkpoint), zoo=zoo,
         out=out, batch_size=batch_size, processes=processes, gpus=gpus, device=device, dtype=dtype,
+        follow_links=follow_links,
     )  # fmt: skip
     request.check()
     options.prepare_libraries()

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from tdpo_cli import rewards
 from tdpo_cli.cli import options
 from tdpo_cli.cli.workers import Workers
 from tdpo_cli.config import preset as presets
@@ -15,7 +16,9 @@ from tdpo_cli.config import prompts
 from tdpo_cli.console import Console, size
 from tdpo_cli.errors import RequestError
 from tdpo_cli.machine import launch
-from tdpo_cli.storage.run_dir import RunDir, next_free
+from tdpo_cli.sandbox import is_embedded
+from tdpo_cli.storage import claims
+from tdpo_cli.storage.run_dir import RunDir
 
 
 def train(
@@ -34,11 +37,9 @@ def train(
     ] = None,
     gpus: options.GpusOption = None,
     processes: options.ProcessesOption = None,
-    machines: Annotated[int, typer.Option(min=1, metavar="M", help="The same command is started on M machines.")] = 1,
-    machine_rank: Annotated[Optional[int], typer.Option(min=0, metavar="R", help="Which of them this is; 0 writes the run folder.")] = None,
-    main_address: Annotated[Optional[str], typer.Option(metavar="HOST:PORT", help="Where machine 0 can be reached.")] = None,
     checkpoint: options.CheckpointOption = None,
     zoo: options.ZooOption = None,
+    trust_rewards: options.TrustOption = False,
     memory_limit: Annotated[
         Optional[str],
         typer.Option(metavar="SIZE|auto", help="Cut up the work so that a process stays below this, as 12GB. The result stays the same."),
@@ -55,39 +56,51 @@ def train(
         "run.trackers": tracker, "run.memory_limit": memory_limit, "model.allow_distilled": allow_distilled or None,
     }  # fmt: skip
     overrides += [(key, value) for key, value in given.items() if value is not None]
+    resume = resume or launch.restarted()
+    if resume and out is None:
+        raise RequestError("--resume needs --out RUN: the folder of the run to continue.")
+    # one and the same command serves the first start, which nothing has come of yet, and every restart
+    resume = resume and not ((preset is not None or launch.restarted()) and not RunDir(out).holds_a_run)
+    if not trust_rewards and (resume or Path(preset or "").suffix == ".json"):
+        recorded = RunDir(out).read_preset() if resume else presets.load(preset)
+        rewards.check_trusted(recorded.rewards, presets.custom_rewards(preset, overrides), str(out / "preset.json") if resume else str(preset))
     if resume:
-        resolved, out = _resumed(out, preset, overrides), Path(out or ".")
+        resolved = _resumed(out, preset, overrides)
     else:
-        resolved = presets.load(preset or "quickstart", overrides)
+        resolved = presets.load("quickstart" if preset is None else preset, overrides)
         _check(resolved)
         unused = presets.without_effect(resolved)
         if unused and launch.is_main():
             Console(quiet=json_).warn(f"ignored with {resolved.algorithm.name}, on which they do not act: {', '.join(unused)}.")
     if dry_run:
         return _dry_run(resolved, json_)
-    workers = Workers.of(gpus, processes, machines, machine_rank, main_address)
-    if machines > 1 and out is None:
-        raise RequestError("--machines needs --out RUN, the same on every machine.")
-    if out is None:
-        out = next_free(Path("runs"), Path(preset or "quickstart").stem)
-    if launch.is_main() and not resume:
-        RunDir(out).must_be_free()
-    workers.start(resolved.rollout.samples_per_epoch, out, any_launcher=True)
-    console = Console(quiet or json_, silent=not launch.is_main())
-    with console.working("loading libraries"):
-        options.prepare_libraries()
-        from tdpo_cli.train import train as training
+    workers = Workers.of(gpus, processes)
+    with claims.given_or_new(out, Path("runs"), Path(preset or "quickstart").stem, take=launch.is_main()) as folder:
+        if launch.is_main() and not resume:
+            RunDir(folder).must_be_free()
+        workers.start(resolved.rollout.samples_per_epoch, folder, any_launcher=True)
+        console = Console(quiet or json_, silent=not launch.is_main())
+        with console.working("loading libraries"):
+            options.prepare_libraries()
+            from tdpo_cli.train import train as training
 
-    report = training.run(resolved, out, resume, console, workers.device)
+        report = training.run(resolved, folder, resume, console, workers.device)
     if json_ and launch.is_main():
         print(json.dumps(report))
 
 
 def _check(preset: presets.Preset) -> None:
     """Whether all that a new run names is known, and its prompt files are there. Without torch. Raises RequestError."""
-    from tdpo_cli import rewards
+    from tdpo_cli import models
     from tdpo_cli.train import trackers
 
+    models.check_source(models.resolve(preset.model.base))
+    if preset.model.start_from is not None and not Path(preset.model.start_from).exists():
+        raise RequestError(f"{preset.model.start_from}: no such file or folder to start from. Give a LoRA file or folder, a checkpoint or a run.")
+    for name in preset.rewards:
+        place = Path(name.rpartition(":")[0]).expanduser()
+        if place.suffix == ".py" and not place.is_file():
+            raise RequestError(f"custom reward {name!r}: there is no file {place.absolute()}")
     for name in (*preset.rewards, *preset.reward.checkpoints):
         rewards.check_name(name)
     for source in filter(None, (preset.rollout.prompts, preset.rollout.eval_prompts)):
@@ -95,23 +108,17 @@ def _check(preset: presets.Preset) -> None:
     trackers.check(preset.run.trackers)
 
 
-# what may change when a run goes on
-RESUMABLE = ("run.epochs", "run.save_every", "run.keep_last", "run.stop_on_overoptimisation", "run.trackers", "run.memory_limit")
-
-
-def _resumed(out: Path | None, preset: str | None, overrides: list[tuple[str, Any]]) -> presets.Preset:
+def _resumed(out: Path, preset: str | None, overrides: list[tuple[str, Any]]) -> presets.Preset:
     """The recorded preset with what was given explicitly; only RESUMABLE keys may differ. Raises RequestError."""
-    if out is None:
-        raise RequestError("--resume needs --out RUN: the folder of the run to continue.")
     recorded = RunDir(out).read_preset()
     wanted = presets.own_values(presets.load(preset, overrides), recorded) if preset else presets.override(recorded, overrides)
     differences = [
         f"  {key}: the run has {json.dumps(old)}, asked for {json.dumps(new)}"
         for key, old, new in presets.differences(recorded, wanted)
-        if key not in RESUMABLE
+        if key not in presets.RESUMABLE
     ]
     if differences:
-        raise RequestError(f"{out}: a resumed run keeps its preset (only {', '.join(RESUMABLE)} may change):\n" + "\n".join(differences))
+        raise RequestError(f"{out}: a resumed run keeps its preset (only {', '.join(presets.RESUMABLE)} may change):\n" + "\n".join(differences))
     return wanted
 
 
@@ -135,7 +142,7 @@ def _dry_run(preset: presets.Preset, as_json: bool) -> None:
     if entry is not None:
         preset = settings.fit(preset, entry)
     # which device there is, nobody has asked: the usual plan of a GPU, or the one that the limit allows
-    gpu = preset.model.base != "sandbox"
+    gpu = not is_embedded(preset.model.base)
     limit = memory.limit(preset, memory.main_memory()[1] if not gpu else None, gpu) if preset.run.memory_limit else None
     plan = memory.choose(preset, limit, gpu=gpu) if limit is not None else memory.USUAL
     shares = {
@@ -166,7 +173,8 @@ def _dry_run(preset: presets.Preset, as_json: bool) -> None:
             ("family", entry.title if entry else "unknown until downloaded"),
             ("noise", _noise(preset) if entry else "checked against the family once it is downloaded"),
             ("algorithm", preset.algorithm.name),
-            ("rewards", f"{preset.reward.train} trains; watching {', '.join(preset.reward.watch) or 'none'}"),
+            ("rewards", f"{preset.trained_words} trains; watching {', '.join(preset.reward.watch) or 'none'}"),
+            *([("constraints", preset.constraints_words)] if preset.reward.at_least else []),
             ("prompts", f"{preset.rollout.prompts}; held out: {preset.rollout.eval_prompts or 'none'}"),
             ("samples per epoch", str(preset.rollout.samples_per_epoch)),
             ("effective batch", str(preset.update.batch_size)),

@@ -9,6 +9,7 @@ from pathlib import Path
 import typer
 
 from tdpo_cli.cli import options
+from tdpo_cli.errors import RequestError
 from tdpo_cli.machine import launch
 
 
@@ -20,18 +21,23 @@ class Workers:
     asked: bool  # --gpus or --processes was given
 
     @staticmethod
-    def of(gpus: int | None, processes: int | None, machines: int = 1, machine_rank: int | None = None, main_address: str | None = None) -> Workers:
+    def of(gpus: int | None, processes: int | None) -> Workers:
         """Raises RequestError for flags that exclude each other."""
-        return Workers(launch.plan(gpus, processes, machines, machine_rank, main_address), bool(gpus or processes))
+        return Workers(launch.plan(gpus, processes), bool(gpus or processes))
 
     @property
     def several(self) -> bool:
-        return self.plan.world_size > 1
+        return self.plan.workers > 1
 
     @property
     def device(self) -> str | None:
         """The kind of device that the flags ask for; None leaves the choice."""
         return self.plan.device if self.asked else None
+
+    def must_share(self, out: Path | None) -> None:
+        """RequestError where each worker that another launcher started would choose a folder of its own."""
+        if out is None and launch.is_worker():
+            raise RequestError("workers that another launcher starts need --out, the same for all of them.")
 
     def start(self, samples: int, out: Path, any_launcher: bool = False) -> None:
         """Return in a process that does the work; else run the workers, all with the same `out`, and exit with their status.
@@ -39,6 +45,7 @@ class Workers:
         `any_launcher`: without --gpus and --processes torchrun and its kin decide how many workers there are. Raises RequestError, WorkError.
         """
         if launch.is_worker():
+            launch.check_environment()
             if self.asked or not any_launcher:
                 launch.check_world(self.plan)
             return

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from tdpo_cli.errors import RequestError
 
+LONGEST_NAME = 60  # characters of a name that a message shows
+
 
 class SettingError(RequestError):
     """A setting that does not exist or a value that does not fit it."""
@@ -32,7 +34,8 @@ def convert(value: Any, hint: Any, limits: Mapping[str, Any], what: str) -> Any:
     if typing.get_origin(hint) is Literal:
         choices = typing.get_args(hint)
         if value not in choices:
-            raise SettingError(f"{what}: {said(value)} is not one of {', '.join(choices)}.{suggest(str(value), choices)}")
+            close = suggest(value, choices) if isinstance(value, str) else ""
+            raise SettingError(f"{what}: {said(value)} is not one of {', '.join(choices)}.{close}")
         return value
     if accepts_none(hint):
         if value is None:
@@ -51,16 +54,39 @@ def convert(value: Any, hint: Any, limits: Mapping[str, Any], what: str) -> Any:
             value = [part.strip() for part in value.split(",") if part.strip()]
         if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
             raise SettingError(f"{what}: expected a list of strings, got {said(value)}.")
+        for item in value:
+            _check_text(item, what)
         return tuple(value)
     if hint == dict[str, str]:
         if not isinstance(value, Mapping) or not all(isinstance(item, str) for item in value.values()):
             raise SettingError(f"{what}: expected a table of strings, got {said(value)}.")
+        for text in (*value, *value.values()):
+            _check_text(text, what)
         return dict(value)
+    if hint == dict[str, float]:
+        return _numbers(value, limits, what)
     if type(value) is not hint:
         raise SettingError(f"{what}: expected {type_name(hint)}, got {said(value)}.")
+    if hint is str:
+        _check_text(value, what)
     if hint in (int, float):
         _check_range(value, limits, what)
     return value
+
+
+def _numbers(value: Any, limits: Mapping[str, Any], what: str) -> dict[str, float]:
+    """A table of numbers, in its order."""
+    if not isinstance(value, Mapping):
+        raise SettingError(f"{what}: expected a table of numbers, got {said(value)}.")
+    if any(isinstance(item, Mapping) for item in value.values()):
+        raise SettingError(f"{what}: expected a table of numbers, got {said(value)}. A name with a dot in it needs quotes.")
+    return {name: convert(item, float, limits, f"{what}.{name}") for name, item in value.items()}
+
+
+def _check_text(value: str, what: str) -> None:
+    """SettingError for half characters, which no file can hold, and for the NUL that ends a path."""
+    if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise SettingError(f"{what}: {said(value)} holds a character that text cannot have.")
 
 
 def _pair(value: Any, limits: Mapping[str, Any], what: str) -> tuple[int, int]:
@@ -104,8 +130,15 @@ def _check_range(value: float, limits: Mapping[str, Any], what: str) -> None:
 
 def suggest(word: str, known: typing.Iterable[str], prefix: str = "") -> str:
     """' Did you mean x?' for the closest known word, or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word[:LONGEST_NAME], list(known), n=1, cutoff=0.5)
     return f" Did you mean {prefix}{close[0]}?" if close else ""
+
+
+def named(word: str) -> str:
+    """A name from outside as a message shows it: as it is, or quoted with escapes and cut where it is long or not printable."""
+    if word.isprintable() and len(word) <= LONGEST_NAME:
+        return word
+    return json.dumps(word[:LONGEST_NAME]) + ("..." if len(word) > LONGEST_NAME else "")
 
 
 def accepts_none(hint: Any) -> bool:
@@ -119,7 +152,7 @@ def type_name(hint: Any) -> str:
         return " | ".join(type_name(h) if h is not type(None) else "none" for h in typing.get_args(hint))
     plain = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
     lists = {tuple[str, ...]: "a list of strings", tuple[int, int]: "a whole number or two of them", tuple[int, int, int]: "[size, first, last]"}
-    return plain.get(hint) or lists.get(hint, "a table of strings")
+    return plain.get(hint) or lists.get(hint) or ("a table of numbers" if hint == dict[str, float] else "a table of strings")
 
 
 def said(value: Any) -> str:

@@ -7,6 +7,7 @@ the result. Standard library only, so that `--help` and `--dry-run` stay instant
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tdpo_cli.algorithms import ACTS_ON, ALGORITHMS, Facts
-from tdpo_cli.config.fields import SettingError, accepts_none, convert, knob, said, suggest, type_name
+from tdpo_cli.config.fields import SettingError, accepts_none, convert, knob, named, said, suggest, type_name
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -31,7 +32,7 @@ AlgorithmName = Literal[tuple(ALGORITHMS)]
 
 @dataclass(frozen=True)
 class Model:
-    base: str = knob("CompVis/stable-diffusion-v1-4", "diffusers folder, hub id, or `sandbox`")
+    base: str = knob("CompVis/stable-diffusion-v1-4", "diffusers folder, hub id, `sandbox` or `sandbox-flow`")
     revision: str | None = knob(None, "branch, tag or commit of a hub id")
     start_from: str | None = knob(None, "checkpoint folder, run or LoRA file whose weights training starts from")
     lora_rank: int = knob(4, "rank of the LoRA; 0 trains the whole denoising network", at_least=0)
@@ -80,7 +81,15 @@ class Sampling:
 @dataclass(frozen=True)
 class Reward:
     train: str = knob("aesthetic", "the reward that trains: a name, `module:function` or `file.py:function`")
+    train_weights: dict[str, float] = knob(
+        {}, "several training rewards: name -> weight. Each is normalised before it is weighted; reward.train is then the first", above=0
+    )
     watch: tuple[str, ...] = knob((), "rewards scored every epoch that never train")
+    at_least: dict[str, float] = knob(
+        {}, "constraints: name of a watched reward -> how far its mean may change, in standard deviations of epoch 0 (-0.2: fall by at most 0.2)"
+    )
+    constraint_rate: float = knob(0.1, "how fast a constraint's multiplier rises while it is violated; it falls a tenth as fast", above=0)
+    constraint_max: float = knob(5.0, "largest multiplier of a constraint; the training reward's own is 1", above=0)
     zoo: Literal["sandbox"] | None = knob(None, "take reward checkpoints from an embedded set")
     checkpoints: dict[str, str] = knob({}, "reward name -> local path or hub id")
     normalise: Literal["per-prompt", "global", "none"] = knob("per-prompt", "statistics that standardise the training reward")
@@ -177,6 +186,9 @@ class Run:
     memory_limit: str | None = knob(
         None, "bytes a process may use, as 12GB, or auto (what is free); it chooses how the work is cut up, never the result"
     )
+    shard: Literal["auto", "on", "off"] = knob(
+        "auto", "several processes: split the frozen network's weights among them; auto where one card does not hold them; never changes the result"
+    )
     compile: bool = knob(False, "compile the denoising network's repeated blocks (torch.compile): minutes at the start, faster afterwards on a GPU")
     max_bad_steps: int = knob(10, "optimizer steps with a non-finite loss or gradient before the run stops", at_least=1)
 
@@ -202,9 +214,39 @@ class Preset:
 
     # --- what follows from the settings -------------------------------------------------------------------------------
     @property
+    def weights(self) -> dict[str, float]:
+        """The rewards that train, with their weights."""
+        return self.reward.train_weights or {self.reward.train: 1.0}
+
+    @property
+    def trained(self) -> str:
+        """The curve in metrics.jsonl that says how far training got: of the training reward, or of all of them combined."""
+        return COMBINED if len(self.weights) > 1 else self.reward.train
+
+    @property
+    def trained_words(self) -> str:
+        """What trains, in words: `pickscore`, or `pickscore + 0.5 hpsv2`."""
+        return " + ".join(name if weight == 1 or len(self.weights) == 1 else f"{weight:g} {name}" for name, weight in self.weights.items())
+
+    @property
+    def drift_limit(self) -> float:
+        """The largest ratio_drift that rounding explains."""
+        return max(self.update.clip_range / 10, 2e-5)
+
+    @property
+    def constraints_words(self) -> str:
+        """What must not fall, in words."""
+        return ", ".join(f"{name} at least {bound:+g} sd" for name, bound in self.reward.at_least.items())
+
+    @property
+    def judges(self) -> tuple[str, ...]:
+        """The watched rewards that a verdict reads: neither the truth nor a constraint."""
+        return tuple(name for name in self.reward.watch if name not in TRUE_REWARDS and name not in self.reward.at_least)
+
+    @property
     def rewards(self) -> tuple[str, ...]:
-        """The training reward first, then the watched ones."""
-        return (self.reward.train, *self.reward.watch)
+        """The training rewards first, then the watched ones."""
+        return (*self.weights, *self.reward.watch)
 
     @property
     def shown(self) -> Shown:
@@ -280,7 +322,7 @@ class Preset:
         return self.rollout.samples_per_epoch * self.run.epochs
 
     def as_dict(self) -> dict[str, Any]:
-        return json.loads(json.dumps(dataclasses.asdict(self)))  # tuples become lists, as in TOML and JSON
+        return json.loads(json.dumps({name: vars(getattr(self, name)) for name in SECTIONS}))  # tuples become lists, as in TOML and JSON
 
     def digest(self) -> str:
         """SHA-256 of the resolved preset; manifests carry it."""
@@ -288,6 +330,11 @@ class Preset:
 
 
 GROUP_SIZE = 8
+TRUE_REWARDS = frozenset({"gold"})  # what a verdict is judged by: shown, read by no verdict, never a constraint
+COMBINED = "combined"  # the curve of several training rewards together
+TABLES = ("checkpoints", "train_weights", "at_least")  # of [reward]
+# what may change when a run goes on
+RESUMABLE = ("run.epochs", "run.save_every", "run.keep_last", "run.stop_on_overoptimisation", "run.trackers", "run.memory_limit", "run.shard")
 TRACKERS = ("tensorboard", "wandb")
 SECTIONS: dict[str, type] = {
     "model": Model, "rollout": Rollout, "sampling": Sampling, "reward": Reward, "algorithm": Algorithm, "update": Update, "run": Run,
@@ -314,7 +361,7 @@ def locate(name_or_path: str) -> Path:
         return path
     if name_or_path in names():
         return folder() / f"{name_or_path}.toml"
-    raise SettingError(f"unknown preset {name_or_path!r}.{suggest(name_or_path, names())} `tdpo presets` lists them.")
+    raise SettingError(f"unknown preset {named(name_or_path)!r}.{suggest(name_or_path, names())} `tdpo presets` lists them.")
 
 
 def load(name_or_path: str, overrides: Sequence[tuple[str, Any]] = ()) -> Preset:
@@ -329,12 +376,22 @@ def load(name_or_path: str, overrides: Sequence[tuple[str, Any]] = ()) -> Preset
         raise SettingError(f"{path}: cannot be read: {error.strerror}") from None
     if not isinstance(table, dict):
         raise SettingError(f"{path}: expected sections, got {said(table)}.")
-    preset = override(from_dict(table, where=path.name), overrides)
+    preset = from_dict(table, where=path.name)
+    preset = override(preset, overrides) if overrides else preset
     written = {key for key, _ in overrides}
     for key in without_effect(preset):
         if key in written:
             raise SettingError(f"--set: {key} acts on {', '.join(ACTS_ON[key])} and not on {preset.algorithm.name}. Leave it out.")
     return preset
+
+
+def custom_rewards(name_or_path: str | None, overrides: Sequence[tuple[str, Any]]) -> tuple[str, ...]:
+    """The rewards that a command line names: by its overrides, and by its preset, unless that is a preset.json, which a run wrote."""
+    named = [override for override in overrides if override[0] in ("reward.train", "reward.watch")]
+    found = override(Preset(), named).rewards if named else ()
+    if name_or_path is not None and Path(name_or_path).suffix != ".json":
+        found += load(name_or_path).rewards
+    return found
 
 
 def without_effect(preset: Preset) -> list[str]:
@@ -347,26 +404,43 @@ def from_dict(table: Mapping[str, Any], where: str) -> Preset:
     sections = {}
     for section, keys in table.items():
         if section not in SECTIONS:
-            raise SettingError(f"{where}: unknown section [{section}].{suggest(section, SECTIONS)}")
+            raise SettingError(f"{where}: unknown section [{named(section)}].{suggest(section, SECTIONS)}")
         if not isinstance(keys, Mapping):
             raise SettingError(f"{where}: [{section}] must be a table of keys, not {said(keys)}.")
         sections[section] = _section(section, keys, where)
+    if "reward" in sections:
+        sections["reward"] = _settled(sections["reward"], "train" in table["reward"], where)
     return check(Preset(**sections), where)
 
 
+def _settled(reward: Reward, names_train: bool, where: str) -> Reward:
+    """`train` is the first of `train_weights`; `watch` holds what `at_least` bounds and nothing that `train_weights` trains."""
+    weights, train = reward.train_weights, reward.train
+    if weights and names_train and train != next(iter(weights)):
+        raise SettingError(
+            f"{where}: reward.train is {train!r} and reward.train_weights begins with {next(iter(weights))!r}. Leave reward.train out, "
+            "or train on one reward with reward.train_weights={}."
+        )
+    watch = [name for name in reward.watch if name not in weights]
+    watch += [name for name in reward.at_least if name not in watch and name not in weights and name != train]
+    return dataclasses.replace(reward, train=next(iter(weights), train), watch=tuple(watch))
+
+
 def override(preset: Preset, overrides: Sequence[tuple[str, Any]], where: str = "--set") -> Preset:
-    """A copy with `("section.key", value)` pairs applied and checked; `reward.checkpoints.NAME` reaches into the table."""
+    """A copy with `("section.key", value)` pairs applied and checked; `reward.TABLE.NAME` reaches into a table."""
     table = preset.as_dict()
     for key, value in overrides:
         section, _, name = key.partition(".")
         if section not in SECTIONS or not name:
             known = [f"{s}.{f.name}" for s, cls in SECTIONS.items() for f in dataclasses.fields(cls)]
-            raise SettingError(f"{where}: unknown key {key}.{suggest(key, known)}")
+            raise SettingError(f"{where}: unknown key {named(key)}.{suggest(key, known)}")
         name, _, entry = name.partition(".")
-        if entry and section == "reward" and name == "checkpoints":
+        if entry and section == "reward" and name in TABLES and isinstance(table[section][name], dict):
             table[section][name][entry] = value
         else:
             table[section][name + (f".{entry}" if entry else "")] = value
+    if table["reward"]["train_weights"] and all(key != "reward.train" for key, _ in overrides):
+        del table["reward"]["train"]  # it follows from the weights
     return from_dict(table, where)
 
 
@@ -403,18 +477,24 @@ def as_toml(preset: Preset) -> str:
         lines.append(f"[{section}]")
         for key, value in keys.items():
             if isinstance(value, dict):
-                inner = ", ".join(f"{json.dumps(k)} = {json.dumps(v)}" for k, v in value.items())
+                inner = ", ".join(f"{_toml(k)} = {_toml(v)}" for k, v in value.items())
                 lines.append(f"{key} = {{{inner}}}")
             else:
-                lines.append(f"# {key}: not set" if value is None else f"{key} = {json.dumps(value)}")
+                lines.append(f"# {key}: not set" if value is None else f"{key} = {_toml(value)}")
         lines.append("")
     return "\n".join(lines)
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML writes it: as JSON, but characters beyond 16 bits are not pairs, and what does not print is an escape."""
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(letter if letter.isprintable() else f"\\U{ord(letter):08x}" for letter in text)
 
 
 def describe() -> Iterator[tuple[str, str, Any, str]]:
     """(section.key, type, default, meaning) of every setting, in order."""
     for section, cls in SECTIONS.items():
-        hints = typing.get_type_hints(cls)
+        hints = _hints(cls)
         for field in dataclasses.fields(cls):
             default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
             yield f"{section}.{field.name}", type_name(hints[field.name]), default, field.metadata["doc"]
@@ -452,7 +532,8 @@ def check(preset: Preset, where: str) -> Preset:
         )
     for tracker in preset.run.trackers:
         if tracker not in TRACKERS:
-            raise SettingError(f"{where}: run.trackers: unknown tracker {tracker!r}.{suggest(tracker, TRACKERS)} Known: {', '.join(TRACKERS)}.")
+            close = suggest(tracker, TRACKERS)
+            raise SettingError(f"{where}: run.trackers: unknown tracker {named(tracker)!r}.{close} Known: {', '.join(TRACKERS)}.")
     if preset.reward.min_count > preset.reward.buffer_size:
         raise SettingError(
             f"{where}: reward.min_count {preset.reward.min_count} is never reached with reward.buffer_size {preset.reward.buffer_size}."
@@ -460,7 +541,33 @@ def check(preset: Preset, where: str) -> Preset:
     twice = {name for name in preset.rewards if preset.rewards.count(name) > 1}
     if twice:
         raise SettingError(f"{where}: reward {min(twice)!r} is named twice in reward.train and reward.watch.")
+    _check_several(preset, where)
     return preset
+
+
+def _check_several(preset: Preset, where: str) -> None:
+    """Constraints, and several rewards that train together."""
+    reward = preset.reward
+    for name in reward.at_least:
+        if name in TRUE_REWARDS:
+            raise SettingError(f"{where}: reward.at_least.{name}: {name} is the truth that a run is judged by. It can never be a constraint.")
+        if name in preset.weights:
+            raise SettingError(f"{where}: reward.at_least.{name}: {name} trains, so it rises anyway. Constrain a reward that does not train.")
+    rates = {key: getattr(reward, key) for key in ("constraint_rate", "constraint_max")}
+    for key, value in rates.items() if not reward.at_least else ():
+        if value != getattr(Reward(), key):
+            raise SettingError(f"{where}: reward.{key} {value:g} does nothing without a constraint. Add one: --set reward.at_least.NAME=-0.2")
+    key = "algorithm.advantage_std" if preset.algorithm.facts.groups else "reward.normalise"
+    if len({*preset.weights, *reward.at_least}) > 1 and _value(preset, key) == "none":
+        raise SettingError(
+            f"{where}: {key} none leaves {', '.join([*preset.weights, *reward.at_least])} on scales of their own, which cannot be added. "
+            f"Choose another {key}, or train on one reward without constraints."
+        )
+
+
+def _value(preset: Preset, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(preset, section), name)
 
 
 def _check_noise(rollout: Rollout, where: str) -> None:
@@ -492,19 +599,24 @@ def own_values(preset: Preset, recorded: Preset) -> Preset:
     return preset
 
 
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
 def _section(section: str, keys: Mapping[str, Any], where: str) -> Any:
     cls = SECTIONS[section]
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     values = {}
     for name, value in keys.items():
         if name not in fields:
             hint = suggest(name, fields, prefix=f"{section}.")
-            raise SettingError(f"{where}: unknown key {section}.{name}.{hint}")
+            raise SettingError(f"{where}: unknown key {section}.{named(name)}.{hint}")
         values[name] = convert(value, hints[name], fields[name].metadata, f"{where}: {section}.{name}")
     return cls(**values)
 
 
 def _is_optional(key: str) -> bool:
     section, _, name = key.partition(".")
-    return section in SECTIONS and accepts_none(typing.get_type_hints(SECTIONS[section]).get(name))
+    return section in SECTIONS and accepts_none(_hints(SECTIONS[section]).get(name))

@@ -57,7 +57,10 @@ def from_arguments(arguments: list[str]) -> list[str]:
     prompts: list[str] = []
     for argument in arguments:
         if argument == "-":
-            prompts += _lines(sys.stdin.read())
+            try:
+                prompts += _lines(sys.stdin.read())
+            except UnicodeDecodeError as error:
+                raise RequestError(f"standard input: not UTF-8 text: {error}") from None
         elif Path(argument).suffix in (".txt", ".jsonl", ".csv"):
             prompts += read_file(Path(argument))
         else:
@@ -69,6 +72,8 @@ def from_arguments(arguments: list[str]) -> list[str]:
 
 def read_file(path: Path) -> list[str]:
     """One prompt a line (.txt), or the `prompt` column (.jsonl, .csv). Raises RequestError."""
+    if path.exists() and not path.is_file():  # a pipe without a writer would be waited for
+        raise RequestError(f"{path}: cannot be read as UTF-8 text: not a regular file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -87,6 +92,7 @@ def _column(path: Path, text: str) -> list[str]:
         prompts = [row["prompt"] for row in rows]
         if not all(isinstance(prompt, str) for prompt in prompts):
             raise TypeError("a prompt is not a string")
+        "".join(prompts).encode("utf-8")  # half characters, which JSON can write and no other file can hold
     except (KeyError, TypeError) as error:
         raise RequestError(f"{path}: every row needs a `prompt` ({error}).") from None
     except (ValueError, csv.Error, RecursionError) as error:

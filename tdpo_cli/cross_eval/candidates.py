@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from tdpo_cli.errors import RequestError
 from tdpo_cli.models import checkpoints, lora_file
 from tdpo_cli.models.checkpoints import Checkpoint, Source
 from tdpo_cli.models.lora_file import FILE as LORA_FILE
-from tdpo_cli.storage.run_dir import RunDir, epoch_name, epochs_in, hash_file
+from tdpo_cli.storage.run_dir import Manifest, RunDir, check_weights, epoch_name, hash_file
 
 
 @dataclass(frozen=True)
@@ -63,10 +62,13 @@ class Model:
     updates: int | None
     sampling: Sampling
     sha256: dict[str, str]  # weights file -> hash
+    weights: dict[str, float] = field(default_factory=dict)  # of the rewards that trained together; empty where one did, `trained_reward`
+    constraints: list[str] = field(default_factory=list)  # rewards that were held above a bound
 
     def as_dict(self) -> dict[str, Any]:
-        """As request.json holds it."""
-        return {**asdict(self), "sampling": self.sampling.as_dict()}
+        """As request.json holds it. What is empty is not written: a request of an older version is still the same request."""
+        flat = {**asdict(self), "sampling": self.sampling.as_dict()}
+        return {name: value for name, value in flat.items() if value or name not in ("weights", "constraints")}
 
     @staticmethod
     def of(entry: Mapping[str, Any]) -> Model:
@@ -114,7 +116,7 @@ def _of(argument: str, preset_name: str | None, overrides: Sequence[tuple[str, A
     path = Path(argument)
     run = RunDir(path)
     if run.holds_a_run:
-        folders = [run.checkpoint(epoch) for epoch in epochs] or epochs_in(path / "checkpoints") or [run.checkpoint()]
+        folders = [run.checkpoint(epoch) for epoch in epochs] or run.checkpoints() or [run.checkpoint()]
         return [_of_run(run, folder, preset_name, overrides) for folder in folders]
     if epochs:
         raise RequestError(f"--epoch chooses checkpoints of run folders, and {argument} is none.")
@@ -146,11 +148,14 @@ def _model(one: Found, group: str, base: str) -> Model:
     if one.run is None:
         return Model(group, base, None, None, group, None, None, None, None, how, digests)
     own = one.run.read_preset()
-    row = next((row for row in one.run.read_metrics() if row["epoch"] == one.epoch), {})
+    row = next((row for row in one.run.read_metrics(own.rewards) if row["epoch"] == one.epoch), {})
     counts = {"reward_queries": own.rollout.samples_per_epoch, "updates": own.updates_per_epoch}  # per epoch, where the row is lost
     counts = {name: row.get(name, per_epoch * (one.epoch + 1)) for name, per_epoch in counts.items()}
     name = f"{group}/{epoch_name(one.epoch)}"
-    return Model(name, base, group, one.epoch, group, own.algorithm.name, own.reward.train, **counts, sampling=how, sha256=digests)
+    return Model(
+        name, base, group, one.epoch, group, own.algorithm.name, own.trained_words, **counts, sampling=how, sha256=digests,
+        weights=own.reward.train_weights if len(own.weights) > 1 else {}, constraints=list(own.reward.at_least),
+    )  # fmt: skip
 
 
 def hashes(weights: str | None) -> dict[str, str]:
@@ -162,11 +167,13 @@ def hashes(weights: str | None) -> dict[str, str]:
         if path.is_file():
             return {path.name: hash_file(path)}
         if (path / "manifest.json").is_file():
-            listed = json.loads((path / "manifest.json").read_text())["files"]
-            return {name: digest for name, digest in listed.items() if name.endswith(".safetensors") and name != "critic.safetensors"}
+            check_weights(path)
+            return {
+                name: digest for name, digest in Manifest.read(path).files.items() if name.endswith(".safetensors") and name != "critic.safetensors"
+            }
         files = sorted(file for file in path.rglob("*.safetensors") if file.name != "critic.safetensors")
         return {str(file.relative_to(path)): hash_file(file) for file in files}
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except OSError as error:
         raise RequestError(f"{path}: cannot be read: {error}") from None
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tdpo_cli import rewards
+from tdpo_cli.config import preset as presets_
 from tdpo_cli.config import prompts
 from tdpo_cli.cross_eval import candidates
 from tdpo_cli.cross_eval.folder import Folder
@@ -27,10 +29,14 @@ class CrossEvalRequest:
     epochs: Sequence[int] = ()  # of run folders: only these checkpoints; empty: all
     batch_size: int | None = None  # images per network call; None: from memory
     device: str | None = None  # None: a GPU where there is one
+    trust_rewards: bool = False  # run Python that a run's own preset names
 
     def check(self) -> None:
         """What can be said without torch and without reading weights. Raises RequestError."""
         Folder(self.out).read_request()
         presets = [one.source.preset for one in candidates.named(self.models, self.preset, self.overrides, self.epochs)]
         prompts.check(candidates.shared_prompt_source(self.prompts, presets))
-        candidates.shared_rewards(self.rewards, presets)
+        chosen = candidates.shared_rewards(self.rewards, presets)
+        if not self.trust_rewards:
+            given = presets_.custom_rewards(self.preset, self.overrides)
+            rewards.check_trusted(chosen, (*(word.strip() for word in self.rewards.split(",")), *given), "a run's preset.json")

@@ -17,7 +17,7 @@ from tdpo_cli.errors import RequestError
 from tdpo_cli.export.request import ExportRequest
 from tdpo_cli.models import kohya, lora_file
 from tdpo_cli.storage import disk
-from tdpo_cli.storage.run_dir import RunDir
+from tdpo_cli.storage.run_dir import Manifest, RunDir
 
 
 def run(request: ExportRequest, console: Console) -> dict[str, Any]:
@@ -58,12 +58,12 @@ def _training(folder: Path) -> dict[str, str]:
     run = RunDir(folder.parent.parent)
     if not (folder / "manifest.json").is_file() or not run.holds_a_run:
         return {}
-    preset, epoch = run.read_preset(), json.loads((folder / "manifest.json").read_text())["epoch"]
+    preset, epoch = run.read_preset(), Manifest.read(folder).epoch
     base = preset.model.base
     return {
         "ss_sd_model_name": Path(base).name if Path(base).exists() else base,
         "ss_seed": str(preset.run.seed),
         "ss_epoch": str(epoch + 1),  # kohya counts epochs that are done
         "ss_learning_rate": str(preset.update.learning_rate),
-        "ss_training_comment": f"tdpo {__version__}: {preset.algorithm.name} on the reward {preset.reward.train}, {folder.name}",
+        "ss_training_comment": f"tdpo {__version__}: {preset.algorithm.name} on the reward {preset.trained_words}, {folder.name}",
     }

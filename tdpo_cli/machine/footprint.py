@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tdpo_cli.config.preset import Preset
+from tdpo_cli.sandbox import EMBEDDED, ZOO, is_embedded
 
 GiB = 1024**3
 SD1_PARAMETERS = {"unet": 860e6, "vae": 84e6, "text_encoder": 123e6}
@@ -29,6 +30,7 @@ SDXL_UNET = {
     "use_linear_projection": True,
 }  # fmt: skip
 SDXL_VAE = {**SD1_VAE, "force_upcast": True}
+CLIP_TOKENS, T5_TOKENS = 77, 256
 SDXL_ADAPTER_PER_RANK = 1_451_520
 ADAPTER_PER_RANK = 199_296  # LoRA parameters of Stable Diffusion 1.x per rank: 797,184 at rank 4
 SCORER_BYTES = {"aesthetic": 1.71e9, "pickscore": 3.94e9, "hpsv2": 3.94e9, "hpsv2.1": 3.94e9, "imagereward": 1.79e9}  # fp32
@@ -40,6 +42,7 @@ CUDA_CONTEXT = 0.6 * GiB  # kernels and the libraries' workspaces on a GPU
 
 # kept for the backward pass, per element of a feature map, in numbers of the compute type
 RESNET, TRANSFORMER = 2.57, 28.4
+JOINT, DUAL = 14.0, 5.5  # a block over picture and text together, as Stable Diffusion 3's, and its second attention over the picture
 # ... recomputed: each block keeps its input, and each transformer what is before and after its blocks
 RESNET_CHECKPOINTED, TRANSFORMER_CHECKPOINTED, ENDS_CHECKPOINTED = 0.97, 1.0, 3.0
 LINEAR_ENDS = 0.25  # of that with linear projections in place of convolutions
@@ -54,7 +57,7 @@ class Networks:
     parameters: dict[str, float]
     latent_elements: int
     resnet_elements: int  # inputs and outputs of all ResNet blocks
-    transformer_elements: int  # hidden states of all transformer blocks
+    transformer_elements: float  # hidden states of all transformer blocks
     transformer_ends: float  # of all transformers, each of several blocks
     largest_block: int  # of the largest transformer or ResNet block's
     skip_elements: int  # what the decoder half waits for
@@ -62,11 +65,15 @@ class Networks:
     vae_channels: int  # at full resolution
     vae_in_fp32: bool  # whatever the preset's dtype
     embedded: bool  # a small model on this disk, with small scorers
+    kept: float = TRANSFORMER  # numbers per element of a transformer block
 
 
 def networks(preset: Preset) -> Networks:
     """The preset's base model, read from its configs; Stable Diffusion 1.x where they are not on this disk."""
-    base = Path(__file__).parent.parent / "sandbox/zoo/pipeline" if preset.model.base == "sandbox" else Path(preset.model.base).expanduser()
+    name = preset.model.base
+    base = ZOO / EMBEDDED[name] if is_embedded(name) else Path(name).expanduser()
+    if (base / "transformer" / "config.json").is_file():
+        return joint(base, preset)
     xl = is_sdxl(base)
     unet, vae, parameters = (SDXL_UNET, SDXL_VAE, dict(SDXL_PARAMETERS)) if xl else (SD1_UNET, SD1_VAE, dict(SD1_PARAMETERS))
     if (base / "unet" / "config.json").is_file():
@@ -80,6 +87,41 @@ def networks(preset: Preset) -> Networks:
         unet = {**unet, "sample_size": tuple(side // factor for side in preset.model.resolution)}
     upcast = xl and preset.model.vae is None and preset.model.dtype == "fp16" and bool(vae.get("force_upcast"))
     return counted(unet, vae, parameters, upcast)
+
+
+def joint(base: Path, preset: Preset) -> Networks:
+    """A transformer over the tokens of picture and text together, by its folder; counted on Stable Diffusion 3's."""
+    config, vae = _read(base / "transformer" / "config.json"), {**SD1_VAE, **_read(base / "vae" / "config.json")}
+    vae_channels = list(vae["block_out_channels"])
+    scale = 2 ** (len(vae_channels) - 1)
+    size = preset.model.resolution or (config.get("sample_size", 128) * scale,) * 2
+    height, width = (side // scale for side in size)
+    picture = height * width // config.get("patch_size", 2) ** 2
+    # without T5, fp32 networks take its zeros as one token
+    merged = preset.model.dtype == "fp32" and (preset.model.drop_t5 or not (base / "text_encoder_3").is_dir())
+    clip = _read(base / "text_encoder" / "config.json").get("max_position_embeddings", CLIP_TOKENS)
+    tokens, channels = picture + clip + (1 if merged else T5_TOKENS), config["num_attention_heads"] * config["attention_head_dim"]
+    blocks = config["num_layers"] + config.get("num_single_layers", 0)
+    second = len(config.get("dual_attention_layers") or ()) * picture
+    parameters = {
+        "unet" if folder.name == "transformer" else folder.name: sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 2
+        for folder in base.iterdir()
+        if (folder / "config.json").is_file()
+    }
+    return Networks(
+        parameters=parameters,
+        latent_elements=vae.get("latent_channels", 16) * height * width,
+        resnet_elements=0,
+        transformer_elements=(tokens * blocks + second * DUAL / JOINT) * channels,
+        transformer_ends=0.0,
+        largest_block=21 * tokens * channels,
+        skip_elements=0,
+        pixels=height * width * scale**2,
+        vae_channels=vae_channels[min(1, len(vae_channels) - 1)],
+        vae_in_fp32=False,
+        embedded=sum(parameters.values()) < 50e6,
+        kept=JOINT,
+    )
 
 
 def is_sdxl(base: Path) -> bool:
@@ -150,10 +192,10 @@ def backward_bytes(nets: Networks, size: int, checkpointing: bool) -> float:
     """What one image's UNet call keeps for its backward pass, without guidance; `size` bytes per number."""
     cast = LORA_CAST if size < 4 else 0.0
     if not checkpointing:
-        return nets.resnet_elements * RESNET * size + nets.transformer_elements * (TRANSFORMER * size + cast)
+        return nets.resnet_elements * RESNET * size + nets.transformer_elements * (nets.kept * size + cast)
     transformers = nets.transformer_elements * TRANSFORMER_CHECKPOINTED + nets.transformer_ends * ENDS_CHECKPOINTED
     kept = (nets.resnet_elements * RESNET_CHECKPOINTED + transformers) * size
-    return kept + nets.largest_block / 21 * (TRANSFORMER * size + cast)  # one block is computed again at a time
+    return kept + nets.largest_block / 21 * (nets.kept * size + cast)  # one block is computed again at a time
 
 
 def forward_bytes(nets: Networks, size: int) -> float:

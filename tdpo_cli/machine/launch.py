@@ -32,38 +32,23 @@ PORT = 29500
 
 @dataclass(frozen=True)
 class Plan:
-    """Who is to be started here, as a part of what."""
+    """Which workers to start on this machine. Several machines are torchrun's or the cluster's to start."""
 
-    workers: int  # on this machine
+    workers: int
     device: str  # cuda or cpu
-    machines: int = 1
-    machine_rank: int = 0
-    address: str = ""  # host:port of machine 0
-
-    @property
-    def world_size(self) -> int:
-        return self.workers * self.machines
 
 
-def plan(gpus: int | None, processes: int | None, machines: int, machine_rank: int | None, address: str | None) -> Plan:
+def plan(gpus: int | None, processes: int | None) -> Plan:
     """From the flags. Raises RequestError."""
     if gpus and processes:
         raise RequestError("--gpus and --processes exclude each other: workers run on GPUs or on CPUs.")
-    if machines > 1 and (machine_rank is None or address is None or not (gpus or processes)):
-        raise RequestError(f"--machines {machines} needs --machine-rank, --main-address HOST:PORT, and --gpus N (or --processes N) for each machine.")
-    if machines == 1 and (machine_rank or address):
-        raise RequestError("--machine-rank and --main-address are for several machines: say how many with --machines.")
-    if machine_rank is not None and machine_rank >= machines:
-        raise RequestError(f"--machine-rank {machine_rank}: with --machines {machines} it is one of 0 to {machines - 1}.")
-    if address and not address.rpartition(":")[2].isdigit():
-        address = f"{address}:{PORT}"
-    return Plan(gpus or processes or 1, "cuda" if gpus else "cpu", machines, machine_rank or 0, address or "")
+    return Plan(gpus or processes or 1, "cuda" if gpus else "cpu")
 
 
 def check(plan: Plan, samples: int) -> None:
     """Whether every worker will have a device and something to do. Raises RequestError."""
-    if plan.world_size > samples:
-        raise RequestError(f"{plan.world_size} workers for {samples} samples: each needs at least one.")
+    if plan.workers > samples:
+        raise RequestError(f"{plan.workers} workers for {samples} samples: each needs at least one.")
     if plan.device == "cuda":
         import torch
 
@@ -93,10 +78,10 @@ class _Team:
         self.deadline = float("inf")
 
     def work(self) -> int:
-        host, _, port = self.plan.address.rpartition(":") if self.plan.address else ("127.0.0.1", "", str(_free_port()))
-        for local_rank in range(self.plan.workers):
+        port = str(_free_port())
+        for rank in range(self.plan.workers):
             if self.signal is None:
-                self._start(local_rank, host, port)
+                self._start(rank, port)
         lost_at = None
         while any(worker.poll() is None for worker in self.workers.values()):
             time.sleep(POLL)
@@ -132,15 +117,15 @@ class _Team:
             worker.wait()
             worker.stdin.close()
 
-    def _start(self, local_rank: int, host: str, port: str) -> None:
-        plan, rank = self.plan, self.plan.machine_rank * self.plan.workers + local_rank
+    def _start(self, rank: int, port: str) -> None:
+        count = str(self.plan.workers)
         environment = {
-            **os.environ, "RANK": str(rank), "LOCAL_RANK": str(local_rank), "WORLD_SIZE": str(plan.world_size),
-            "LOCAL_WORLD_SIZE": str(plan.workers), "MASTER_ADDR": host, "MASTER_PORT": port, ERROR_FILE: str(self._error_file(rank)),
+            **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count,
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, ERROR_FILE: str(self._error_file(rank)),
         }  # fmt: skip
         if "OMP_NUM_THREADS" not in environment:
-            environment |= {"OMP_NUM_THREADS": str(max(1, _cores() // plan.workers)), "TDPO_THREADS_SHARED": "1"}  # ours, not the user's
-        if plan.machines == 1 and sys.platform == "linux":
+            environment |= {"OMP_NUM_THREADS": str(max(1, _cores() // self.plan.workers)), "TDPO_THREADS_SHARED": "1"}  # ours, not the user's
+        if sys.platform == "linux":
             environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo looks for the interface of a host name that may not resolve
         spoken = open(self.folder / f"{rank}.txt", "wb")  # of all but the main worker: shown if it is the first to fail
         with spoken:
@@ -170,8 +155,8 @@ class _Team:
             hint = " (the system does that when memory runs out)" if status == -signal.SIGKILL else ""
             spoken = (self.folder / f"{rank}.txt").read_text(errors="replace").strip().splitlines()[-20:]
             message = "\n".join([f"{how}{hint}. The last finished epoch is safe on disk; `tdpo train --resume` goes on from it.", *spoken])
-            raise WorkError(f"worker {rank} of {self.plan.world_size} {message}")
-        raise WorkError(f"worker {rank} of {self.plan.world_size}: {message}")
+            raise WorkError(f"worker {rank} of {self.plan.workers} {message}")
+        raise WorkError(f"worker {rank} of {self.plan.workers}: {message}")
 
 
 def _free_port() -> int:
@@ -194,11 +179,28 @@ def is_main() -> bool:
     return not is_worker() or os.environ["RANK"] == "0"
 
 
+def check_environment() -> None:
+    """RequestError unless a launcher's variables are whole numbers that fit each other."""
+    found = {name: os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    for name, text in found.items():
+        if not (text.isascii() and text.isdigit() and len(text) < 10):
+            raise RequestError(f"{name}={text}: expected a whole number, as torchrun sets it. Unset RANK, LOCAL_RANK and WORLD_SIZE to start alone.")
+    if int(found["RANK"]) >= int(found["WORLD_SIZE"]):
+        raise RequestError(f"RANK={found['RANK']} with WORLD_SIZE={found['WORLD_SIZE']}: a rank is below the number of processes.")
+
+
+def restarted() -> bool:
+    """Whether torchrun started this worker again after a failure (`--max-restarts`): the run then continues by itself."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
+
+
 def check_world(plan: Plan) -> None:
     """In a worker: whether as many were started as the command asks for. Raises RequestError."""
-    if int(os.environ["WORLD_SIZE"]) != plan.world_size:
-        wanted = f"{plan.world_size} workers" if plan.machines == 1 else f"{plan.machines} machines of {plan.workers} workers"
-        raise RequestError(f"the command asks for {wanted}, but this process was started as one of {os.environ['WORLD_SIZE']} (WORLD_SIZE).")
+    check_environment()
+    if os.environ["WORLD_SIZE"] != str(plan.workers):
+        raise RequestError(
+            f"the command asks for {plan.workers} workers, but this process was started as one of {os.environ['WORLD_SIZE']} (WORLD_SIZE)."
+        )
 
 
 def end_with_launcher() -> None:

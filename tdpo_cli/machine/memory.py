@@ -143,18 +143,22 @@ def parse(text: str) -> int | None:
     """`12GB`, `800 MiB`, a number of bytes -> bytes; `auto` -> None. Raises RequestError."""
     if text.strip().lower() == "auto":
         return None
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([a-zA-Z]*)\s*", text)
     unit = UNITS.get(match.group(2).upper()) if match else None
     if unit is None or float(match.group(1)) * unit < 1:
         raise RequestError(f"run.memory_limit {text!r}: expected a size such as 12GB or 800MiB, or auto.")
     return int(float(match.group(1)) * unit)
 
 
-def limit(preset: Preset, free: int | None, gpu: bool) -> int | None:
-    """Bytes a process may use: what the preset says; else what is free on a GPU; a CPU has no limit unless one is asked for."""
+def limit(preset: Preset, free: int | None, gpu: bool, processes: int = 1) -> int | None:
+    """Bytes a process may use: what the preset says; else what is free on a GPU; on a CPU too, where the roomiest plan would not fit.
+
+    On a CPU the smallest plan is always allowed: what is free there is a guess, and memory can be swapped.
+    """
     asked = preset.run.memory_limit
     if asked is None and not gpu:
-        return None
+        needs = [estimate(preset, processes, plan, gpu) for plan in ladder(preset, gpu)]
+        return None if free is None or needs[0] <= MARGIN * free else max(int(MARGIN * free), min(needs))
     said = parse(asked) if asked is not None else None
     return said if said is not None else None if free is None else int(MARGIN * free)
 

@@ -5,6 +5,7 @@ A new family is one file in `families/` and one line in `FAMILIES`.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tdpo_cli.errors import RequestError, first_line
-from tdpo_cli.sandbox import ZOO
+from tdpo_cli.sandbox import EMBEDDED, ZOO
 
 if TYPE_CHECKING:
     from tdpo_cli.config.preset import Model
@@ -27,6 +28,8 @@ class FamilyEntry:
     title: str  # for messages and the header
     diffusion: str  # ddim | flow: which sampler serves it, and so which noise settings apply
     optional_t5: bool = False  # model.drop_t5 applies
+    tiny_vae: bool = True  # there are AutoencoderTiny for its latents
+    needs: str = "0.32"  # the first diffusers whose pipeline of it is the one that the family was checked against
 
 
 # by diffusers' pipeline class, as model_index.json names it
@@ -34,8 +37,12 @@ FAMILIES = {
     "StableDiffusionPipeline": FamilyEntry("tdpo_cli.models.families.sd:StableDiffusion", "Stable Diffusion 1.x and 2.x", "ddim"),
     "StableDiffusion3Pipeline": FamilyEntry("tdpo_cli.models.families.sd3:StableDiffusion3", "Stable Diffusion 3 and 3.5", "flow", optional_t5=True),
     "FluxPipeline": FamilyEntry("tdpo_cli.models.families.flux:Flux", "FLUX.1", "flow"),
+    "Flux2KleinPipeline": FamilyEntry("tdpo_cli.models.families.flux2:Flux2Klein", "FLUX.2 klein", "flow", tiny_vae=False, needs="0.37"),
+    "ZImagePipeline": FamilyEntry("tdpo_cli.models.families.z_image:ZImage", "Z-Image", "flow", needs="0.39"),
+    "QwenImagePipeline": FamilyEntry("tdpo_cli.models.families.qwen_image:QwenImage", "Qwen-Image", "flow", tiny_vae=False, needs="0.37"),
     "StableDiffusionXLPipeline": FamilyEntry("tdpo_cli.models.families.sdxl:StableDiffusionXL", "Stable Diffusion XL", "ddim"),
 }
+T5 = ("text_encoder_3", "tokenizer_3")  # of Stable Diffusion 3: the parts that model.drop_t5 leaves out
 # words in a model's name that say it was distilled to few steps
 DISTILLED = ("schnell", "turbo", "lightning", "lcm", "hyper")
 
@@ -48,8 +55,8 @@ def load(model: Model, **options: Any) -> Policy:
 
 
 def resolve(base: str) -> str:
-    """The word `sandbox` as the embedded model's folder; everything else as it is."""
-    return str(ZOO / "pipeline") if base == "sandbox" else base
+    """The word of an embedded model, such as `sandbox`, as its folder; everything else as it is."""
+    return str(ZOO / EMBEDDED[base]) if base in EMBEDDED else base
 
 
 def family_of(source: str, revision: str | None = None) -> FamilyEntry:
@@ -60,6 +67,8 @@ def family_of(source: str, revision: str | None = None) -> FamilyEntry:
 def pipeline_class(source: str, content: dict) -> str:
     """The key of FAMILIES for a model_index.json. Raises RequestError."""
     name = content.get("_class_name", "?")
+    if not isinstance(name, str):
+        raise RequestError(f"{source}: its model_index.json names no pipeline class (_class_name is {str(name)[:60]}).")
     if name in FAMILIES:
         return name
     # Safe, img2img and other pipelines around the same networks; their UNet says whether it fits
@@ -69,6 +78,14 @@ def pipeline_class(source: str, content: dict) -> str:
         return "StableDiffusionPipeline"
     supported = "; ".join(f"{entry.title} ({name})" for name, entry in FAMILIES.items())
     raise RequestError(f"{source}: a {name} is not supported. Supported: {supported}.")
+
+
+def check_installed(source: str, entry: FamilyEntry) -> None:
+    """RequestError where the installed diffusers is older than the family needs."""
+    here = importlib.metadata.version("diffusers")
+    numbers = lambda version: tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if numbers(here) < numbers(entry.needs):
+        raise RequestError(f"{source}: {entry.title} needs diffusers >= {entry.needs}, here is {here}: pip install -U diffusers")
 
 
 def check_trainable(source: str, content: dict, allow_distilled: bool) -> None:
@@ -105,8 +122,15 @@ def index(source: str, revision: str | None = None) -> dict:
         if not isinstance(content, dict):
             raise ValueError("expected a JSON object")
         return content
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RequestError(f"{file}: damaged: {error}. Copy or download the model again.") from None
+
+
+def check_source(source: str) -> None:
+    """RequestError for a base model that is neither on this disk nor has the form of a hub id."""
+    folder = Path(source)
+    if not folder.exists() and (folder.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1):
+        raise RequestError(f"{source}: no such model folder, and not a hub id (owner/name) either.")
 
 
 def _index_file(source: str, revision: str | None) -> Path:
@@ -122,8 +146,7 @@ def _index_file(source: str, revision: str | None) -> Path:
             f"{folder}: a single file, expected a diffusers folder. Convert it once, in Python: "
             f"diffusers.StableDiffusionPipeline.from_single_file({str(folder)!r}).save_pretrained(FOLDER)"
         )
-    if folder.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
-        raise RequestError(f"{source}: no such model folder, and not a hub id (owner/name) either.")
+    check_source(source)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

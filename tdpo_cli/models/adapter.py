@@ -184,13 +184,14 @@ def load(family: Family, path: Path, name: str = ADAPTER) -> None:
     """Add the LoRA of a file (diffusers', peft's or kohya's key names), frozen, text encoders' weights too. Raises RequestError."""
     file, network, prefix = lora_file.find(path), family.network, family.component
     lora_file.check_kind(file)
+    lora_file.check_values(file)
     options = {"unet_config": network.config} if prefix == "unet" else {}
     pipeline = type(family.pipeline)
+    # folder and name apart: offline, an older diffusers wants the name, of a file too
+    options |= {"weight_name": file.name, "local_files_only": True, "use_safetensors": True, "return_lora_metadata": True}
     try:
-        state, *alphas, metadata = pipeline.lora_state_dict(
-            str(file), **options, local_files_only=True, use_safetensors=True, return_lora_metadata=True
-        )
-    except (ValueError, KeyError, IndexError) as error:
+        state, *alphas, metadata = pipeline.lora_state_dict(str(file.parent), **options)
+    except (ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         raise RequestError(f"{file}: the names of its weights are not known: {first_line(error)[:200]}") from None
     if not any("lora" in key for key in state):
         raise RequestError(f"{file}: no LoRA weights in it.")
@@ -212,6 +213,11 @@ def load(family: Family, path: Path, name: str = ADAPTER) -> None:
     loaded = parameters(network, name)
     if not loaded:
         raise RequestError(f"{file}: no LoRA weights for this {prefix} there (keys should start with `{prefix}.`).")
+    if len(loaded) < len(state):  # the library leaves out what it does not know, without a word
+        layers = {key.partition(".lora_")[0] for key in loaded}
+        unknown = [key for key in state if key.removeprefix(f"{prefix}.").partition(".lora")[0] not in layers]
+        shown = unknown[0] if unknown else "some"
+        raise RequestError(f"{file}: {len(state) - len(loaded)} of its {len(state)} weights fit no layer of this {prefix}, as {shown}.")
     for parameter in loaded.values():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(False)
@@ -249,7 +255,8 @@ Part = tuple[dict[str, Tensor], dict[str, object]]  # a LoRA's tensors, on the C
 def own_part(network: nn.Module, name: str) -> Part:
     """An adapter of a network as its file holds it."""
     config = {key: _plain(value) for key, value in network.peft_config[name].to_dict().items()}
-    return {key: tensor.detach().cpu().contiguous() for key, tensor in get_peft_model_state_dict(network, adapter_name=name).items()}, config
+    own = parameters(network, name)  # not state_dict(), which re-shards a sharded network, on this process alone
+    return {key: tensor.detach().cpu().contiguous() for key, tensor in get_peft_model_state_dict(network, own, adapter_name=name).items()}, config
 
 
 def _concatenated(parts: Sequence[Part]) -> Part:

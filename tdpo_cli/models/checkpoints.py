@@ -12,14 +12,14 @@ from tdpo_cli.config.preset import Model, Preset
 from tdpo_cli.errors import RequestError
 from tdpo_cli.models import lora_file
 from tdpo_cli.models.lora_file import FILE as LORA_FILE
-from tdpo_cli.storage.run_dir import RunDir
+from tdpo_cli.storage.run_dir import RunDir, check_weights
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A base model and the weights on top of it."""
 
-    base: str  # a diffusers folder, a hub id or `sandbox`
+    base: str  # a diffusers folder, a hub id or an embedded model, such as `sandbox`
     revision: str | None  # of a hub id
     dtype: str
     weights: str | None  # a LoRA file, or a folder with a LoRA or a whole network; None is the base model itself
@@ -73,7 +73,8 @@ def _of_run(run: RunDir, folder: Path, preset: str | None, overrides: Sequence[t
 
 
 def _weights(path: Path, settings: Preset, name: str) -> Source:
-    """LoRA weights on the base model, or a whole network in place of the base model's."""
+    """LoRA weights on the base model, or a whole network in place of the base model's; as its manifest says, where there is one."""
+    check_weights(path)
     if path.is_file() or (path / LORA_FILE).is_file() or any(path.glob("*.safetensors")):
         return Source(replace(settings, model=replace(settings.model, start_from=str(path))), name)
     if (part := lora_file.whole_network(path)) is not None and (path / part / "config.json").is_file():
@@ -82,7 +83,7 @@ def _weights(path: Path, settings: Preset, name: str) -> Source:
 
 
 def _settings(preset: str | None, overrides: Sequence[tuple[str, Any]]) -> Preset:
-    return presets.load(preset or "quickstart", overrides)
+    return presets.load("quickstart" if preset is None else preset, overrides)
 
 
 def _with_base(settings: Preset, base: str) -> Preset:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
@@ -186,5 +187,12 @@ class FlowFamily(Family):
         return calculate_shift(self.tokens, *(config.get(name, default) for name, default in defaults.items()))
 
     def unshifted(self, steps: int) -> Sequence[float] | None:
-        """The sigmas [T] before the shift; None: from 1 to the scheduler's own smallest."""
-        return None
+        """The sigmas [T] before the shift: from 1 to 1/T, as most pipelines give them to their scheduler. None: down to its own smallest."""
+        return np.linspace(1, 1 / steps, steps).tolist()
+
+
+def tokens_before_prompt(tokenizer: Any) -> int:
+    """How many tokens of a chat template stand before the user's words."""
+    mark = "X"
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True)
+    return len(tokenizer(chat.partition(mark)[0]).input_ids)

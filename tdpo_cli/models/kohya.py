@@ -11,7 +11,7 @@ from torch import Tensor
 from tdpo_cli.errors import RequestError
 
 PARTS = {"lora_A": "lora_down", "lora_B": "lora_up"}
-OURS = re.compile(r"(?P<network>unet|text_encoder|text_encoder_2)\.(?P<module>.+)\.(?P<part>lora_[AB])\.weight")
+OURS = re.compile(r"(?P<network>unet|transformer|text_encoder|text_encoder_2)\.(?P<module>.+)\.(?P<part>lora_[AB])\.weight")
 # width of the text embeddings that cross-attention reads -> Stable Diffusion's generation, in kohya's word
 GENERATIONS = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}
 # of SDXL, kohya keeps the names of the original code: parts outside the blocks, and inside a ResNet
@@ -31,8 +31,8 @@ def convert(state: Mapping[str, Tensor], sdxl_layers: int | None = None, alpha_o
     """`unet.MODULE.lora_A.weight` [r,in], `.lora_B.weight` [out,r] -> `lora_unet_MODULE.lora_down.weight`, `.lora_up.weight`, `.alpha`.
 
     MODULE is diffusers' name of the layer with underscores for dots; for SDXL, whose UNet has `sdxl_layers` per block, the original
-    code's. A reader adds up @ down * alpha / r to its weight; `alpha_of(NETWORK.MODULE, r)` is r where it is not given.
-    Raises RequestError for other keys.
+    code's. Of transformers only Qwen-Image is converted, by the first rule. A reader adds up @ down * alpha / r to its weight;
+    `alpha_of(NETWORK.MODULE, r)` is r where it is not given. Raises RequestError for other keys.
     """
     _check(state)
     attended = {match.group(0) for key in state if (match := re.match(r"unet\.up_blocks\.\d+\.attentions", key))}
@@ -40,7 +40,9 @@ def convert(state: Mapping[str, Tensor], sdxl_layers: int | None = None, alpha_o
     for key, tensor in state.items():
         match = OURS.fullmatch(key)
         network, module = match["network"], match["module"]
-        if network == "unet":
+        if network == "transformer":
+            name = "lora_unet_" + module
+        elif network == "unet":
             attends = f"unet.{'.'.join(module.split('.')[:2])}.attentions" in attended
             name = "lora_unet_" + (original_name(module, sdxl_layers, attends) if sdxl_layers else module)
         else:  # transformers 5 leaves out `text_model`, which every reader expects
@@ -79,15 +81,17 @@ def _inside(kind: str, rest: str) -> str:
 
 
 def _check(state: Mapping[str, Tensor]) -> None:
-    """RequestError unless all weights are pairs of a LoRA in diffusers' names, of a UNet or its text encoders."""
+    """RequestError unless all weights are pairs of a LoRA in diffusers' names, of a UNet and its text encoders or of Qwen-Image's transformer."""
     odd = next((key for key in state if not OURS.fullmatch(key)), None)
+    other = next((key for key in state if key.startswith("transformer.")), None)
+    if other is not None and not is_qwen_image(state):
+        raise RequestError(
+            f"kohya's format is written for UNets and Qwen-Image, and this LoRA is another transformer's ({other}). ComfyUI and diffusers read it "
+            "as it is. ComfyUI does not read its alpha: where that is not the rank, set its strength to alpha / rank."
+        )
     if odd is not None:
         if odd.startswith(("lora_unet_", "lora_te")):
             raise RequestError(f"these weights are in kohya's format already ({odd}).")
-        if odd.startswith("transformer."):
-            raise RequestError(
-                f"kohya's format has names for UNets only, and this LoRA is a transformer's ({odd}). ComfyUI and diffusers read it as it is."
-            )
         raise RequestError(f"only LoRA weights of a UNet in diffusers' names (unet.*.lora_A.weight) can be converted; found {odd}.")
     names = {key.replace(".lora_B.", ".lora_A.") for key in state}
     lonely = next((key for key in sorted(names) for pair in (key, key.replace(".lora_A.", ".lora_B.")) if pair not in state), None)
@@ -95,6 +99,11 @@ def _check(state: Mapping[str, Tensor]) -> None:
         raise RequestError(f"one half of a pair of LoRA weights is missing: {lonely}.")
     if not names:
         raise RequestError("no LoRA weights there.")
+
+
+def is_qwen_image(state: Mapping[str, Tensor]) -> bool:
+    """By its feed-forward layers of image and prompt, which train by default: no other transformer calls them so."""
+    return any(".img_mlp." in key or ".txt_mlp." in key for key in state)
 
 
 def ranks_of(state: Mapping[str, Tensor]) -> list[int]:

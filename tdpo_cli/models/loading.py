@@ -7,7 +7,7 @@ import importlib
 import inspect
 import os
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from tdpo_cli.models.family import Family
 from tdpo_cli.models.policy import Policy
 from tdpo_cli.models.settings import check_model
 from tdpo_cli.randomness import Randomness
-from tdpo_cli.storage.run_dir import RunDir
+from tdpo_cli.sandbox import is_embedded
+from tdpo_cli.storage.run_dir import RunDir, check_weights
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # the files of a network's weights, without variant and suffix: diffusers', and transformers' (safetensors, pickle)
@@ -45,22 +46,29 @@ def load(
     keep_reference: bool = False,
     randomness: Randomness | None = None,
     lora_scale: float = 1.0,
+    distribute: Callable[[nn.Module], bool] | None = None,
 ) -> Policy:
-    """Load the policy of `model.base`, with its adapter; `trainable=False` leaves out one that would be new. Raises RequestError."""
-    if model.base == "sandbox" and ("OMP_NUM_THREADS" not in os.environ or "TDPO_THREADS_SHARED" in os.environ):
-        torch.set_num_threads(1)  # its networks are so small that a second thread costs more than it brings
+    """Load the policy of `model.base`, with its adapter; `trainable=False` leaves out one that would be new. Raises RequestError.
+
+    `distribute(network)` may shard the denoising network over processes; where it returns False the network moves to the device whole.
+    """
+    if is_embedded(model.base) and ("OMP_NUM_THREADS" not in os.environ or "TDPO_THREADS_SHARED" in os.environ):
+        torch.set_num_threads(1)  # these networks are so small that a second thread costs more than it brings
     source, model, device = models.resolve(model.base), _starting_point(model), torch.device(device)
     content = models.index(source, model.revision)
     entry = models.FAMILIES[models.pipeline_class(source, content)]
     check_model(model, entry)
+    models.check_installed(source, entry)
     if trainable:
         models.check_trainable(source, content, model.allow_distilled)
     module, _, name = entry.place.partition(":")
     dtype = DTYPES[model.dtype] if device.type != "cpu" else torch.float32
     family: Family = getattr(importlib.import_module(module), name).load(source, model, dtype, device)
-    _settle(family, device)
+    _settle(family, device, waits=distribute is not None)
     if trainable:
         part = _trained_part(family, model, dtype, keep_reference, randomness or Randomness(0))
+        if distribute is not None and not distribute(family.network):
+            family.network.to(device)
     else:
         part = adapter.Frozen()
         if model.start_from and not holds_network(model, family.component):
@@ -77,14 +85,18 @@ def _starting_point(model: Model) -> Model:
     path = Path(model.start_from)
     if not path.exists():
         raise RequestError(f"{path}: no such file or folder to start from. Give a LoRA file or folder, a checkpoint or a run.")
-    return replace(model, start_from=str(RunDir(path).checkpoint() if RunDir(path).holds_a_run else path))
+    path = RunDir(path).checkpoint() if RunDir(path).holds_a_run else path
+    check_weights(path)
+    return replace(model, start_from=str(path))
 
 
-def _settle(family: Family, device: torch.device) -> None:
-    """All networks frozen, in evaluation mode, on the device."""
+def _settle(family: Family, device: torch.device, waits: bool = False) -> None:
+    """All networks frozen, in evaluation mode, on the device; where the denoiser `waits`, it stays in main memory."""
     for network in family.pipeline.components.values():
         if isinstance(network, nn.Module):
-            network.requires_grad_(False).eval().to(device)
+            network.requires_grad_(False).eval()
+            if not (waits and network is family.network):
+                network.to(device)
     if device.type == "cuda" and family.component == "unet":
         # what convolutions on tensor cores want; on a CPU it gains nothing (benchmarks/ladder.py)
         family.pipeline.vae.to(memory_format=torch.channels_last)
@@ -140,9 +152,7 @@ def read_pipeline(
     """
     content = models.index(source, model.revision)
     called = models.pipeline_class(source, content)
-    cls = getattr(diffusers, called, None)
-    if cls is None:
-        raise RequestError(f"{source}: a {called} needs a newer diffusers than {diffusers.__version__}: pip install -U diffusers")
+    cls = getattr(diffusers, called)
     known, parts = inspect.signature(cls.__init__).parameters, dict.fromkeys(absent)
     for name, entry in content.items():
         if name.startswith("_") or name not in known:
@@ -166,6 +176,11 @@ def read_pipeline(
     if missing:
         raise RequestError(f"{source}: its model_index.json does not list {', '.join(missing)}, which a {called} needs. Download the model again.")
     return cls(**parts)
+
+
+def without_overflow(dtype: torch.dtype) -> torch.dtype:
+    """The precision of a large text encoder: T5 and Qwen overflow in fp16."""
+    return torch.bfloat16 if dtype == torch.float16 else dtype
 
 
 def vae(cls: type, source: str, model: Model, dtype: torch.dtype) -> nn.Module:
@@ -192,8 +207,8 @@ def named_vae(cls: type, key: str, name: str, dtype: torch.dtype) -> nn.Module:
 
 def _class_of(source: str, name: str, entry: list[str]) -> type:
     """The class of one line of model_index.json: only of the two libraries, so that no folder can name code to import."""
-    library, class_name = entry
-    kind = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), str(class_name), None)
+    library, class_name = entry if len(entry) == 2 else (None, None)
+    kind = getattr({"diffusers": diffusers, "transformers": transformers}.get(str(library)), str(class_name), None)
     if not isinstance(kind, type):
         raise RequestError(
             f"{source}: its model_index.json names {library}.{class_name} for {name}, which is not known. A newer library may have it."
@@ -201,9 +216,9 @@ def _class_of(source: str, name: str, entry: list[str]) -> type:
     return kind
 
 
-def grid_of(vae: nn.Module, resolution: tuple[int, int], patch: int = 1) -> tuple[int, int]:
+def grid_of(pipeline: DiffusionPipeline, resolution: tuple[int, int], patch: int = 1) -> tuple[int, int]:
     """(height, width) in latents of a resolution in pixels. Raises RequestError unless it divides."""
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = pipeline.vae_scale_factor
     if any(side % (factor * patch) for side in resolution):
         raise RequestError(f"model.resolution {resolution[0]} x {resolution[1]}: both must be multiples of {factor * patch} for this model.")
     return resolution[0] // factor, resolution[1] // factor
@@ -249,6 +264,8 @@ def _variants(folder: Path, cls: type) -> tuple[str | None, ...]:
         raise RequestError(f"{folder.parent}: incomplete, there is no {folder.name}/. Copy or download the whole model folder.")
     if not (folder / "config.json").is_file():
         raise RequestError(f"{folder}: config.json is missing. Copy or download the whole model folder.")
+    if (folder / "adapter_config.json").exists():
+        raise RequestError(f"{folder / 'adapter_config.json'}: makes the library load another model than this one. Remove it.")
     stems = TRANSFORMERS_STEMS if issubclass(cls, PreTrainedModel) else DIFFUSERS_STEMS
     names = [path.name for path in folder.iterdir()]
     weights = [name for name in names if name.startswith(stems) and (".safetensors" in name or ".bin" in name)]

@@ -42,8 +42,23 @@ def read(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     file = find(path)
-    check(file)
+    check_values(file)
     return load_file(file)
+
+
+def check_values(file: Path) -> None:
+    """RequestError for weights that are not finite, and for half a pair: both load silently, as black images or as nothing."""
+    from safetensors.torch import load_file
+
+    check(file)
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise RequestError(f"{file}: {name} holds values that are not finite (NaN or infinity): the training that wrote it had failed.")
+        for down, up in PAIRS:
+            for one, other in ((down, up), (up, down)):
+                if one in name and name.replace(one, other) not in tensors:
+                    raise RequestError(f"{file}: {name} has no {name.replace(one, other)}: the file is incomplete. Copy or download it again.")
 
 
 def check(file: Path) -> None:
@@ -55,6 +70,8 @@ def check(file: Path) -> None:
         raise RequestError(f"{file}: damaged, not a readable safetensors file ({error}). Copy or download it again.") from None
 
 
+# the two halves of a layer's LoRA, as peft, diffusers, older diffusers and kohya name them
+PAIRS = ((".lora_A.", ".lora_B."), (".lora.down.", ".lora.up."), ("_lora.down.", "_lora.up."), (".lora_down.", ".lora_up."))
 # what marks a file of another method, and its name
 OTHER_KINDS = {
     "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_w": "LoHa", "lokr_w": "LoKr", "oft_": "OFT", "boft_": "BOFT",
@@ -86,7 +103,10 @@ def alpha_of(path: Path) -> Callable[[str, int], float]:
     file = find(path)
     check(file)
     with safe_open(file, framework="pt") as opened:
-        config = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        try:
+            config = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"{file}: its metadata is damaged: {error}") from None
 
     def alpha(layer: str, rank: int) -> float:
         network, _, module = layer.partition(".")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +31,8 @@ class Policy:
         self.family, self.adapter = family, adapter
         self.device, self.latent_shape = family.device, family.latent_shape
         self.sampler: Sampler  # set by `set_schedule`
+        # the network's weights are split among processes: all of them make each of its calls together
+        self.sharded = any(hasattr(parameter, "to_local") for parameter in family.network.parameters())
         with torch.no_grad(), family.encoding():
             self._negative = family.encode_negative(negative_prompt)
 
@@ -89,12 +91,21 @@ class Policy:
         order [unconditional, conditional].
         """
         family, t = self.family, self.sampler.timesteps[k]
-        with self.adapter.computing(family, reference):
+        with self.adapter.computing(family, reference), self._gathering():
             if family.guidance != "cfg" or guidance <= 1:
                 return family.denoise(x_t, t, texts[rows], guidance)
             both = texts[torch.cat([torch.full_like(rows, len(texts) - 1), rows])]
             prediction = family.denoise(torch.cat([x_t, x_t]), torch.cat([t, t]), both, guidance)
         return family.combine(*prediction.chunk(2), guidance)
+
+    @contextlib.contextmanager
+    def _gathering(self) -> Iterator[None]:
+        """A sharded network keeps the buffers it gathers into: made in inference mode, they could not be used for training."""
+        if not (self.sharded and torch.is_inference_mode_enabled()):
+            yield
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            yield
 
     def transition(self, x_t: Tensor, k: Tensor, texts: Conditioning, rows: Tensor, guidance: float, reference: bool = False) -> Transition:
         """p(x' | x_t, c) of step k. Arguments as for `predict`."""

@@ -28,6 +28,10 @@ def local_entry(preset: Preset) -> FamilyEntry | None:
 def fit(preset: Preset, entry: FamilyEntry) -> Preset:
     """The preset with the family's own noise and critic's state where it gives none. Raises RequestError for a setting of another kind of family."""
     check_model(preset.model, entry)
+    if preset.has_critic and preset.algorithm.critic_view == "tiny" and not entry.tiny_vae:
+        raise RequestError(
+            f"algorithm.critic_view tiny: no AutoencoderTiny exists for the latents of {entry.title}. Use --set algorithm.critic_view=decode or rgb."
+        )
     if preset.has_critic and preset.algorithm.critic_state is None:
         preset = replace(preset, algorithm=replace(preset.algorithm, critic_state=CRITIC_STATE[entry.diffusion]))
     rollout = preset.rollout

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tdpo_cli.overoptimisation import agreement
 from tdpo_cli.overoptimisation.statistics import Estimate
-from tdpo_cli.overoptimisation.verdict import TRUE_REWARDS, Verdict
+from tdpo_cli.overoptimisation.verdict import TRUE_REWARDS, Verdict, without
 
 FEWEST_PROMPTS = 10  # for a verdict: below, the intervals are much too narrow
 NONE = "no verdict"  # the kind where nothing can be judged
@@ -16,12 +16,12 @@ NONE = "no verdict"  # the kind where nothing can be judged
 
 def verdict(
     trained: str | None, prompts: int, since_base: Mapping[str, Estimate] | None, best_epoch: int | None, best: Mapping[str, Estimate] | None,
-    agreed: Mapping[str, Estimate] | None,
+    agreed: Mapping[str, Estimate] | None, constraints: Sequence[str] = (),
 ) -> Verdict:  # fmt: skip
     """Judge a run's last checkpoint, in the words of tdpo_cli.overoptimisation.verdict. The true rewards are never read.
 
     `since_base` and `best` hold the change of `trained` and of the `others`, from the base and from where the others stand
-    best; `best_epoch` None is the base itself. What counts as a change is an interval without 0. `agreed`: of `agreement.change`.
+    best; `best_epoch` None is the base itself. What counts as a change is an interval without 0. `agreed`: of `agreement.change`. `constraints` took part in training and are not among the others.
     """
     if trained is None:
         return _none("what it was trained on is not known")
@@ -43,7 +43,7 @@ def verdict(
         if doubt:
             kind = "doubtful"
     since = "against the base" if best_epoch is None else f"since epoch {best_epoch}"
-    words = f"{trained} {change['trained']['mean']:+.2f} sd, others {change['others']['mean']:+.2f} sd {since}"
+    words = f"{trained} {change['trained']['mean']:+.2f} sd, {without(constraints)} {change['others']['mean']:+.2f} sd {since}"
     if kind == "doubtful":
         words += f", but they agree less ({agreed['base']['mean']:.2f} -> {agreed['model']['mean']:.2f})"
     return Verdict(kind, f"{words}: {kind}", best_epoch)

@@ -3,7 +3,8 @@
 The rule, on the epochs' mean rewards:
 
 1. Every reward is put on one scale: its mean minus epoch 0's, in units of epoch 0's standard deviation. `others` is the mean of
-   the watched learned rewards on that scale.
+   the watched learned rewards on that scale that are no constraint: what training optimises cannot judge it. Where several
+   rewards train, the trained reward is their weighted mean on that scale.
 2. Curves are averaged over WINDOW epochs. The noise of such an average is estimated from the curve itself: successive
    differences d have variance 2 s^2, the average of WINDOW epochs has the standard error s / sqrt(WINDOW).
 3. The peak is where the averaged others are highest, `since` the epoch in the middle of that window. Compared with the newest
@@ -19,16 +20,15 @@ The rule, on the epochs' mean rewards:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.preset import TRUE_REWARDS, Preset
 
 WINDOW = 5  # epochs averaged
 SIGMAS = 2.5  # standard errors of a difference that count: the peak is the highest of many windows, so two would cry wolf
 PARTED = 0.8  # share of the first window's agreement
-TRUE_REWARDS = frozenset({"gold"})  # what a verdict is judged by, so it never reads them
 
 
 @dataclass(frozen=True)
@@ -53,18 +53,19 @@ def judges(rewards: Sequence[str], trained: str | None) -> list[str]:
 
 def read(rows: Sequence[Mapping[str, Any]], preset: Preset) -> Verdict:
     """The verdict on a run's metrics rows, all of them, in order."""
-    watched = [name for name in preset.reward.watch if name not in TRUE_REWARDS]
-    if not watched:
-        return Verdict("unwatched", "no other learned reward is watched: nothing to compare with (reward.watch)")
-    trained, others = standardised(rows, [preset.reward.train]), standardised(rows, watched)
+    if not preset.judges:
+        but = f" beside {_listed(list(preset.reward.at_least))}" if preset.reward.at_least else ""
+        return Verdict("unwatched", f"no other learned reward is watched{but}: nothing to compare with (reward.watch)")
+    trained, others = standardised(rows, [preset.trained]), standardised(rows, preset.judges)
     known = [i for i, pair in enumerate(zip(trained, others, strict=True)) if None not in pair]
     if len(known) < 2 * WINDOW:
         return Verdict("too early", f"too early to tell: {len(known)} of {2 * WINDOW} epochs")
     curves = [[curve[i] for i in known] for curve in (trained, others)]
-    return _judge([rows[i]["epoch"] for i in known], *curves, parted(rows), preset.reward.train)
+    return _judge([rows[i]["epoch"] for i in known], *curves, parted(rows), preset)
 
 
-def _judge(epochs: Sequence[int], trained: Sequence[float], others: Sequence[float], doubt: tuple[int, str] | None, name: str) -> Verdict:
+def _judge(epochs: Sequence[int], trained: Sequence[float], others: Sequence[float], doubt: tuple[int, str] | None, preset: Preset) -> Verdict:
+    name, watched = preset.trained_words, without(preset.reward.at_least)
     smooth_trained, smooth_others = averaged(trained), averaged(others)
     margin_trained, margin_others = margin(trained), margin(others)
     peak = max(range(len(smooth_others)), key=smooth_others.__getitem__)
@@ -78,15 +79,26 @@ def _judge(epochs: Sequence[int], trained: Sequence[float], others: Sequence[flo
         elif gained > margin_trained and not doubt:
             kind = "stalled"
         if kind:
-            sentence = f"{name} {gained:+.2f} sd, others {-lost:+.2f} sd since epoch {since}: {kind}"
+            sentence = f"{name} {gained:+.2f} sd, {watched} {-lost:+.2f} sd since epoch {since}: {kind}"
             return Verdict(kind, sentence, since, gained, -lost)
     gained, others_gained = smooth_trained[now] - smooth_trained[0], smooth_others[now] - smooth_others[0]
-    changes = f"{name} {gained:+.2f} sd, others {others_gained:+.2f} sd since the start"
+    changes = f"{name} {gained:+.2f} sd, {watched} {others_gained:+.2f} sd since the start"
     if doubt:
         since, words = doubt
         return Verdict("doubtful", f"{changes}, but {words}: doubtful", since, gained, others_gained)
     kind = "improving" if others_gained > margin_others else "unclear"
     return Verdict(kind, f"{changes}: {kind}", None, gained, others_gained)
+
+
+def without(constraints: Iterable[str]) -> str:
+    """What judges, in words: `others`, or `others without a, which constrains,`."""
+    names = list(constraints)
+    return f"others without {_listed(names)}" if names else "others"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """a and b, which constrain,"""
+    return f"{' and '.join(names)}, which constrain{'s' if len(names) == 1 else ''},"
 
 
 def parted(rows: Sequence[Mapping[str, Any]]) -> tuple[int, str] | None:
@@ -112,8 +124,7 @@ def should_stop(rows: Sequence[Mapping[str, Any]], preset: Preset) -> bool:
 
 def best(rows: Sequence[Mapping[str, Any]], preset: Preset, saved: Sequence[int]) -> int | None:
     """Of the epochs `saved`, the one around which the watched learned rewards are highest; None where none is watched."""
-    watched = [name for name in preset.reward.watch if name not in TRUE_REWARDS]
-    others = dict(zip((row["epoch"] for row in rows), standardised(rows, watched), strict=True)) if watched else {}
+    others = dict(zip((row["epoch"] for row in rows), standardised(rows, preset.judges), strict=True)) if preset.judges else {}
     reach = WINDOW // 2
 
     def around(epoch: int) -> float:

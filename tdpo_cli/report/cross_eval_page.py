@@ -12,7 +12,7 @@ from tdpo_cli.report.cross_eval_run import UNIT, models_of
 from tdpo_cli.report.html import escape, facts, folded, page, section, table
 from tdpo_cli.report.intervals import Track, track_chart
 from tdpo_cli.report.numbers import change, finite, share, short, signed
-from tdpo_cli.report.palette import TRUE_REWARD, verdict_box
+from tdpo_cli.report.palette import TRUE_REWARD, training, verdict_box
 
 Entry = Mapping[str, Any]
 
@@ -74,7 +74,8 @@ def _matrix(result: Mapping[str, Any]) -> str:
     rows = []
     for name, cells in zip(matrix["trained"], matrix["standardised"], strict=True):
         trained = runs[name]["trained_reward"] if name in runs else None
-        shown = [_heat(cell, largest, reward == trained) for reward, cell in zip(matrix["evaluated"], cells, strict=True)]
+        own = training(runs[name])[0] if name in runs else ()
+        shown = [_heat(cell, largest, reward in own) for reward, cell in zip(matrix["evaluated"], cells, strict=True)]
         rows.append([f"{escape(name)} <small>{escape(trained or '')}</small>", *shown])
     legend = "<p class=note>Outlined: the reward a run was trained on." + (
         f" {TRUE_REWARD}: the true reward, never read by the verdict.</p>" if TRUE_REWARD in matrix["evaluated"] else "</p>"
@@ -94,20 +95,23 @@ def _heat(cell: Entry | None, largest: float, own: bool) -> str:
 def _all_tracks(result: Mapping[str, Any]) -> str:
     tracks = []
     for number, run in enumerate(result["runs"]):
-        points = [point for model in models_of(result, run) if (point := _place(result, model, run["trained_reward"]))]
+        points = [point for model in models_of(result, run) if (point := _place(result, model, run))]
         x, y = ([(value, value, value) for value in values] for values in (zip(*points, strict=True) if points else ((), ())))
         tracks.append(Track(run["run"], x, y, OTHERS[number % len(OTHERS)], run["trained_reward"] or "", str(number + 1)))
     note = "Every run starts as its base, at 0: to the right the trained reward, upwards the mean of the other learned ones, a ring where it ends."
     return track_chart("What the trained reward costs the others", tracks, "trained reward, sd", "others, sd", note)
 
 
-def _place(result: Mapping[str, Any], model: Entry, trained: str | None) -> tuple[float, float] | None:
-    """(trained reward, mean of the other learned ones) on the common scale; None where one is missing."""
+def _place(result: Mapping[str, Any], model: Mapping[str, Any], run: Entry) -> tuple[float, float] | None:
+    """(trained reward, mean of the learned ones that took no part in training) on the common scale; None where one is missing."""
+    weights, constraints = run.get("trained_weights") or {run["trained_reward"]: 1.0}, run.get("constraints", [])
     means = {name: intervals.mean(model["rewards"][name]["standardised"]) for name in result["rewards"]}
-    others = [mean for name, mean in means.items() if name not in (trained, TRUE_REWARD)]
-    if not others or None in (means.get(trained), *others):
+    others = [mean for name, mean in means.items() if name not in (*weights, *constraints, TRUE_REWARD)]
+    trained = [means.get(name) for name in weights]
+    if not others or None in (*trained, *others):
         return None
-    return means[trained], sum(others) / len(others)
+    mine = sum(weight * value for weight, value in zip(weights.values(), trained, strict=True)) / sum(weights.values())
+    return mine, sum(others) / len(others)
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------------

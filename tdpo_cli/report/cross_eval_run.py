@@ -10,7 +10,7 @@ from tdpo_cli.report.charts import Chart, Series, line_chart
 from tdpo_cli.report.html import escape, table
 from tdpo_cli.report.intervals import Row, Track, interval_chart, track_chart
 from tdpo_cli.report.numbers import finite, share, short, signed
-from tdpo_cli.report.palette import looks, role
+from tdpo_cli.report.palette import looks, role, training
 
 Entry = Mapping[str, Any]
 UNIT = "in units of the base's standard deviation; the base is 0"
@@ -31,7 +31,7 @@ def render(result: Mapping[str, Any], run: Entry, level: str) -> str:
 
     def lines(what: str) -> list[Series]:
         return [
-            intervals.series(name, [model["rewards"][name][what] for model in models], colours[name], role(name, trained))
+            intervals.series(name, [model["rewards"][name][what] for model in models], colours[name], role(name, *training(run)))
             for name in result["rewards"]
         ]
 
@@ -84,7 +84,7 @@ def _tracks(result: Mapping[str, Any], run: Entry, models: Sequence[Entry], colo
         ]
         pairs = [pair for pair in pairs if None not in pair]
         if name != trained:
-            tracks.append(Track(name, [x for x, _ in pairs], [y for _, y in pairs], colours[name], role(name, trained)))
+            tracks.append(Track(name, [x for x, _ in pairs], [y for _, y in pairs], colours[name], role(name, *training(run))))
     note = "From the base at 0 to the last checkpoint, the ring: a path that turns down trades the others for the trained reward."
     return track_chart(f"Others against {trained}", tracks, f"{trained}, sd", "others, sd", note)
 

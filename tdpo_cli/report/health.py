@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from tdpo_cli.config.preset import Preset
-from tdpo_cli.report.charts import Chart, Rows, Series, chart, column, line_chart, stacked_chart
+from tdpo_cli.report.charts import OTHERS, PLAIN, Chart, Rows, Series, chart, column, line_chart, stacked_chart
 from tdpo_cli.report.html import escape
 from tdpo_cli.report.numbers import finite, known, share, short
 
@@ -32,10 +33,49 @@ def policy(rows: Rows, preset: Preset) -> str:
         )),
         line_chart(chart(
             rows, "ratio_drift", "Largest |log ratio| at an epoch's first optimizer step: rounding alone, 0 at best.", [("ratio_drift", "largest")],
-            zero=True,
+            zero=True, limit=(preset.drift_limit, "at most rounding"),
         )),
+        *_per_step(rows),
+        *_constraints(rows, preset),
     ]  # fmt: skip
     return f"<div class=charts>{''.join(charts)}</div>" if any(charts) else ""
+
+
+def _per_step(rows: Rows) -> list[str]:
+    """What became of each trained denoising step, in the first and in the last epoch; nothing for runs that did not record it."""
+    recorded = [row for row in rows if isinstance(row.get("steps/clip_fraction"), list)]
+    epochs = recorded[:1] + recorded[1:][-1:]
+    if not epochs:
+        return []
+
+    def drawn(title: str, note: str, key: str, **more: Any) -> str:
+        # a window of another length, as of cps, never changes within a run: every row has the same columns
+        x = list(range(len(epochs[0][key])))
+        series = [Series(f"epoch {row['epoch']}", row[key], look=look) for row, look in zip(epochs[::-1], PLAIN, strict=False)]
+        return line_chart(Chart(title, x, series, note, x_label="trained step", dots=True, **more))
+
+    return [
+        drawn("Clipped, by denoising step", "Share of the samples whose ratio was clipped; 0 is the noisiest trained step.", "steps/clip_fraction",
+              zero=True, percent=True, show=lambda v: share(v, 1)),
+        drawn("Spread of the ratio, by denoising step", "Standard deviation over the epoch's samples: a step far above the others is the one that "
+              "the clip range acts on.", "steps/ratio_std", zero=True),
+    ]  # fmt: skip
+
+
+def _constraints(rows: Rows, preset: Preset) -> list[str]:
+    """Multipliers, and what they are to hold."""
+    bounds = preset.reward.at_least
+    if not bounds or not rows:
+        return []
+    looks = {name: OTHERS[i % len(OTHERS)] for i, name in enumerate(bounds)}
+    series = lambda what: [Series(name, column(rows, f"constraints/{name}/{what}"), look=looks[name]) for name in bounds]
+    epochs, bound = column(rows, "epoch"), next(iter(bounds.values()))
+    limit = (bound, f"at least {bound:g}") if len(set(bounds.values())) == 1 else None
+    return [
+        line_chart(Chart("Constraints", epochs, series("change"), f"Change of the mean, smoothed, in sd of epoch 0: {preset.constraints_words}.",
+                         baseline=0.0, limit=limit)),
+        line_chart(Chart("Multipliers", epochs, series("multiplier"), "Weight of a constrained reward beside the training reward's 1.", zero=True)),
+    ]  # fmt: skip
 
 
 def critic(rows: Rows, all_rows: Rows, preset: Preset) -> str:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from tdpo_cli import __version__
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.preset import Model, Preset
 from tdpo_cli.errors import WorkError
+from tdpo_cli.models import T5
 from tdpo_cli.models.lora_file import FILE as LORA_FILE
 from tdpo_cli.overoptimisation import verdict
+from tdpo_cli.sandbox import EMBEDDED, ZOO, is_embedded
 from tdpo_cli.storage import run_dir
 
 PROMPTS_SHOWN, PROMPT_LENGTH = 4, 120
@@ -30,9 +32,9 @@ def model_card(preset: Preset, rows: Sequence[Mapping[str, Any]], prompts: Seque
     sentence = "" if finding.kind == "too early" else f"Verdict, by the watched learned rewards: {finding.sentence}.\n\n"
     what = "the LoRA" if preset.model.lora_rank else "the whole network"
     return f"""{_front_matter(preset)}
-# {name} on {_short(preset.reward.train)}, epoch {last["epoch"]}
+# {name} on {_trained(preset)}, epoch {last["epoch"]}
 
-`{_short(preset.model.base)}`, trained with tdpo {__version__} to please the reward `{_short(preset.reward.train)}`:
+`{_short(preset.model.base)}`, trained with tdpo {__version__} to please the reward `{_trained(preset)}`{_held(preset)}:
 {last["reward_queries"]:,} reward queries, {last["updates"]:,} optimizer steps.
 This folder holds {_average(preset)}{what} after epoch {last["epoch"]} (the first is 0).
 
@@ -53,6 +55,15 @@ deviations of epoch 0. A reward model's score that rises is no proof of better i
 
 Sampled in training with {_noise(preset)}, guidance scale {preset.rollout.guidance_scale:g}.
 """
+
+
+def _trained(preset: Preset) -> str:
+    """What trains, without the folders of custom rewards."""
+    return _short(preset.reward.train) if len(preset.weights) == 1 else preset.trained_words
+
+
+def _held(preset: Preset) -> str:
+    return f", while holding {preset.constraints_words} of epoch 0" if preset.reward.at_least else ""
 
 
 def _average(preset: Preset) -> str:
@@ -78,11 +89,12 @@ def add_cross_eval(folder: Path, result: Mapping[str, Any], name: str | None = N
         return f"{folder}: this checkpoint is not among the models of the cross-evaluation."
     try:
         card = (folder / "README.md").read_text(encoding="utf-8")
-        before, _, rest = card.partition(BEGIN)
+        # the marker as a line of its own: a prompt in the card may hold the same words
+        before, _, rest = card.partition(f"\n{BEGIN}\n")
         after = rest.partition(END)[2].lstrip("\n") if rest else ""
         section = f"{BEGIN}\n{_cross_eval(model, result)}\n{END}\n"
         run_dir.rewrite(folder, "README.md", f"{before.rstrip()}\n\n{section}" + (f"\n{after}" if after else ""))
-    except (OSError, ValueError, KeyError, WorkError) as error:
+    except (OSError, ValueError, KeyError, TypeError, WorkError) as error:
         return f"{folder}: its model card stays without the cross-evaluation: {error}"
     return None
 
@@ -100,13 +112,15 @@ def _front_matter(preset: Preset) -> str:
 
 def _loading(preset: Preset, prompt: str, component: str) -> str:
     """Python that makes an image, run inside the checkpoint's folder."""
-    model, rollout = preset.model, preset.rollout
-    sandbox = model.base == "sandbox"
-    base = 'ZOO / "pipeline"' if sandbox else json.dumps(model.base) + (f", revision={json.dumps(model.revision)}" if model.revision else "")
+    model, rollout, shown = preset.model, preset.rollout, preset.shown
+    embedded = is_embedded(model.base)
+    base = f'ZOO / "{EMBEDDED[model.base]}"' if embedded else json.dumps(model.base)
+    base += f", revision={json.dumps(model.revision)}" if model.revision and not embedded else ""
+    base += "".join(f", {part}=None" for part in _parts_left_out(model))
     words = {"negative_prompt": json.dumps(rollout.negative_prompt, ensure_ascii=False)} if rollout.negative_prompt else {}
-    options = words | {"num_inference_steps": rollout.steps, "guidance_scale": f"{rollout.guidance_scale:g}"}
+    options = words | {"num_inference_steps": shown.steps, "guidance_scale": f"{shown.guidance_scale:g}"}
     arguments = ", ".join([json.dumps(prompt, ensure_ascii=False), *(f"{name}={value}" for name, value in options.items())])
-    extra = ["from tdpo_cli.sandbox import ZOO"] if sandbox else []
+    extra = ["from tdpo_cli.sandbox import ZOO"] if embedded else []
     if model.lora_rank:
         lines = [
             "from diffusers import DiffusionPipeline", *extra, "",
@@ -122,12 +136,29 @@ def _loading(preset: Preset, prompt: str, component: str) -> str:
     return "\n".join([*lines, f"image = pipe({arguments}).images[0]"])
 
 
+def _parts_left_out(model: Model) -> list[str]:
+    """Text encoders that this model does without. diffusers asks for them by name even where model_index.json has null."""
+    if model.drop_t5:
+        return list(T5)
+    file = (ZOO / EMBEDDED[model.base] if is_embedded(model.base) else Path(model.base).expanduser()) / "model_index.json"
+    listed = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return [part for part in T5 if part in listed and listed[part][-1] is None]
+
+
 def _reward_rows(preset: Preset, rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     number = lambda row, name: "-" if (value := row.get(f"rewards/{name}/mean")) is None else f"{value:.4f}"
     table = []
     for name in preset.rewards:
         rise = verdict.rise(rows, name)
-        role = "trained" if name == preset.reward.train else "watched, the truth" if name in verdict.TRUE_REWARDS else "watched"
+        role = (
+            "trained"
+            if name in preset.weights
+            else "constraint"
+            if name in preset.reward.at_least
+            else "watched, the truth"
+            if name in verdict.TRUE_REWARDS
+            else "watched"
+        )
         table.append((f"`{_short(name)}`", role, number(rows[0], name), number(rows[-1], name), "-" if rise is None else f"{rise:+.2f} sd"))
     return table
 
@@ -168,7 +199,8 @@ def _cross_eval(model: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     rows = []
     for name in result["rewards"]:
         ours, theirs = model["rewards"][name], base["rewards"][name]
-        role = "trained" if name == model["trained_reward"] else ""
+        trained = model.get("trained_weights") or [model["trained_reward"]]
+        role = "trained" if name in trained else "constraint" if name in model.get("constraints", []) else ""
         rows.append(
             (f"`{_short(name)}`", role, _number(theirs["mean"]), _number(ours["mean"]), _interval(ours["standardised"]), _percent(ours["win_rate"]))
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from tdpo_cli.report.charts import OTHERS
 from tdpo_cli.report.html import escape
@@ -14,15 +15,21 @@ MOODS = {"over-optimising": "bad", "declining": "bad", "doubtful": "early", "sta
 
 
 def looks(rewards: Sequence[str], trained: str | None) -> dict[str, str]:
-    """Reward -> class of page.css, the same in every chart of a page."""
+    """Reward, or the curve `trained` of several -> class of page.css, the same in every chart of a page."""
     others = [name for name in rewards if name not in (trained, TRUE_REWARD)]
     known = {name: OTHERS[i % len(OTHERS)] for i, name in enumerate(others)} | {TRUE_REWARD: "gold", trained: "trained"}
-    return {name: known[name] for name in rewards}
+    return {name: known[name] for name in (*rewards, *([] if trained is None or trained in rewards else [trained]))}
 
 
-def role(name: str, trained: str | None) -> str:
+def role(name: str, trained: Collection[str], constraints: Collection[str] = ()) -> str:
     """What stands behind a reward's name in a legend."""
-    return ", ".join([*(["trained"] if name == trained else []), *([TRUE_NOTE] if name == TRUE_REWARD else [])])
+    notes = {"trained": name in trained, "constraint, not read by the verdict": name in constraints, TRUE_NOTE: name == TRUE_REWARD}
+    return ", ".join(note for note, holds in notes.items() if holds)
+
+
+def training(run: Mapping[str, Any]) -> tuple[Collection[str], Collection[str]]:
+    """(rewards that trained, constraints) of a run of a cross-evaluation."""
+    return run.get("trained_weights") or [run["trained_reward"]], run.get("constraints", [])
 
 
 def verdict_box(sentence: str, kind: str) -> str:

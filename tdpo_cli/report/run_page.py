@@ -61,7 +61,8 @@ def _header(name: str, preset: Preset, rows: Rows, verdict: Verdict) -> str:
     done = f"{len(rows)} of {preset.run.epochs}" + ("" if len(rows) >= preset.run.epochs else " so far")
     pairs = [
         ("algorithm", preset.algorithm.name.upper()),
-        ("trained reward", preset.reward.train),
+        ("trained reward", preset.trained_words),
+        *([("constraints", preset.constraints_words)] if preset.reward.at_least else []),
         ("base model", preset.model.base),
         ("epochs", done),
         ("reward queries", f"{rows[-1].get('reward_queries') or 0:,}" if rows else "0"),
@@ -92,7 +93,7 @@ def _rewards(drawn: Rows, rows: Rows, preset: Preset, verdict: Verdict, rises: M
     if not rows:
         return "<p>There will be curves once an epoch is finished.</p>"
     chart = Chart(
-        "All rewards on a common scale", column(drawn, "epoch"), [_standardised(drawn, name, preset) for name in preset.rewards],
+        "All rewards on a common scale", column(drawn, "epoch"), [_standardised(drawn, name, preset) for name in dict.fromkeys((preset.trained, *preset.rewards))],
         note="Rise since epoch 0, in units of epoch 0's standard deviation. Bands: ±1 standard error of the epoch's mean.",
         baseline=0.0, since=_since(verdict), show=lambda value: "–" if value is None else f"{signed(value)} sd",
     )  # fmt: skip
@@ -106,14 +107,14 @@ def _standardised(rows: Rows, name: str, preset: Preset) -> Series:
     start, spread = finite(rows[0].get(f"rewards/{name}/mean")), finite(rows[0].get(f"rewards/{name}/std"))
     if start is None or not spread or rows[0]["epoch"] != 0:
         return Series(name, [None] * len(rows))
-    return _reward(rows, name, preset, start, spread, name, role(name, preset.reward.train))
+    return _reward(rows, name, preset, start, spread, name, _role(name, preset))
 
 
 def _raw(rows: Rows, preset: Preset, verdict: Verdict) -> str:
     charts = []
     for name in preset.rewards:
-        label = "trained" if name == preset.reward.train else "watched"
-        series = _reward(rows, name, preset, 0.0, 1.0, label, role(name, None))
+        label = "trained" if name in preset.weights else "watched"
+        series = _reward(rows, name, preset, 0.0, 1.0, label, role(name, (), preset.reward.at_least))
         charts.append(line_chart(Chart(name, column(rows, "epoch"), [series], since=_since(verdict, said=False))))
     note = f"Mean of the epoch's {preset.rollout.samples_per_epoch:,} training samples. Band: ±1 standard error, std/√n."
     return f"<p class=lead>{escape(note)}</p><div class=charts>{''.join(charts)}</div>" if any(charts) else ""
@@ -125,22 +126,24 @@ def _reward(rows: Rows, name: str, preset: Preset, start: float, unit: float, la
     values = [None if mean is None else (mean - start) / unit for mean in column(rows, f"rewards/{name}/mean")]
     errors = [None if std is None else std / root / unit for std in column(rows, f"rewards/{name}/std")]
     pairs = [(None, None) if None in pair else (pair[0] - pair[1], pair[0] + pair[1]) for pair in zip(values, errors, strict=True)]
-    return Series(label, values, *zip(*pairs, strict=True), looks(preset.rewards, preset.reward.train)[name], note)
+    return Series(label, values, *zip(*pairs, strict=True), looks(preset.rewards, preset.trained)[name], note)
 
 
 def _table_of_rewards(rows: Rows, preset: Preset, rises: Mapping[str, float | None]) -> str:
     cells = []
-    for name in preset.rewards:
+    for name in dict.fromkeys((preset.trained, *preset.rewards)):
         means = column(rows, f"rewards/{name}/mean")
         best = max(((value, row["epoch"]) for value, row in zip(means, rows, strict=True) if value is not None), default=None)
         highest = "–" if best is None else f"{short(best[0])} <small>at epoch {best[1]}</small>"
         rise = f"{signed(rises[name])} sd" if rises.get(name) is not None else "–"
-        cells.append(
-            (f"{escape(name)} <small>{escape(role(name, preset.reward.train))}</small>", f"<b>{rise}</b>", short(means[0]), short(means[-1]), highest)
-        )
+        cells.append((f"{escape(name)} <small>{escape(_role(name, preset))}</small>", f"<b>{rise}</b>", short(means[0]), short(means[-1]), highest))
     head = ("reward", "rise", f"epoch {rows[0]['epoch']}", f"epoch {rows[-1]['epoch']}", "highest")
     note = "Rise: mean of the last fifth of the epochs minus mean of the first fifth, divided by epoch 0's standard deviation."
     return table(head, cells, "Rewards") + f"<p class=note>{note}</p>"
+
+
+def _role(name: str, preset: Preset) -> str:
+    return role(name, (preset.trained, *preset.weights), preset.reward.at_least)
 
 
 def _since(verdict: Verdict, said: bool = True) -> tuple[float, str] | None:

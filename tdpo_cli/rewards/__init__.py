@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tdpo_cli.errors import RewardError
+from tdpo_cli.errors import RequestError, RewardError
 from tdpo_cli.sandbox import ZOO
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def short_name(name: str) -> str:
 
 
 def reaches_outside(name: str) -> str | None:
-    """What using this reward does beyond computing with what tdpo brings: "runs Python code", "sends pictures to HOST", or None.
+    """What using this reward does beyond computing with what tdpo brings: "run code", "send pictures to HOST", or None.
 
     For names that somebody else wrote, such as those of a run's preset.json. Nothing is imported or sent to find out.
     """
@@ -93,7 +93,21 @@ def reaches_outside(name: str) -> str | None:
 
     if name in _REWARDS:
         return None
-    return f"sends pictures to {protocol.address(name).host}" if protocol.is_address(name) else "runs Python code"
+    return f"send pictures to {protocol.address(name).host}" if protocol.is_address(name) else "run code"
+
+
+def check_trusted(names: Iterable[str], named: Iterable[str], source: str) -> None:
+    """RequestError for a reward that is not built in and that only a file from elsewhere names: code, or a place for pictures, of that file's choice.
+
+    `named` are the rewards that the command line names, or a preset that it names; `source` is the file.
+    """
+    named = set(named)
+    for name in names:
+        if name not in named and (act := reaches_outside(name)):
+            raise RequestError(
+                f"{source} names the reward {name!r}, which is not built in: it would {act} that the run folder chooses. If you trust it, add "
+                "--trust-rewards, or name the same reward on the command line."
+            )
 
 
 def checkpoints(zoo: str | None, given: Mapping[str, str]) -> dict[str, str]:

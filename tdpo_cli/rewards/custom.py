@@ -5,13 +5,14 @@ The function takes (images [b,3,H,W] float in [0,1], prompts) and gives [b] numb
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import importlib
 import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdpo_cli.errors import RewardError
+from tdpo_cli.errors import RewardError, WorkError
 from tdpo_cli.rewards import files
 
 Score = Callable[[Tensor, Sequence[str]], Any]
@@ -39,7 +40,11 @@ class FunctionReward:
 
         Raises RewardError where the function does not give one number per image.
         """
-        result = self.function(images, list(prompts))
+        # a copy, which the function may change
+        with _guarded(f"reward {self.name}", WorkError):
+            result = self.function(images.clone(), list(prompts))
+        if isinstance(result, Tensor) and result.is_complex():
+            raise RewardError(f"reward {self.name} gave complex numbers, expected [b] real ones")
         try:
             scores = torch.as_tensor(result, dtype=torch.float32, device=images.device).detach()
         except (TypeError, ValueError, RuntimeError) as error:
@@ -82,7 +87,10 @@ def _from_file(path: Path, spec: str) -> ModuleType:
     module = importlib.util.module_from_spec(loader)
     sys.path.insert(0, str(path.parent.absolute()))  # its neighbours can be imported, as when it is run as a script
     try:
-        loader.loader.exec_module(module)
+        with _guarded(f"custom reward {spec!r}: importing {path}", RewardError):
+            loader.loader.exec_module(module)
+    except RewardError:
+        raise
     except Exception as error:
         raise RewardError(f"custom reward {spec!r}: importing {path} failed: {type(error).__name__}: {error}") from error
     finally:
@@ -93,11 +101,34 @@ def _from_file(path: Path, spec: str) -> ModuleType:
 def _from_module(name: str, spec: str) -> ModuleType:
     sys.path.insert(0, os.getcwd())  # an installed command does not have it, unlike `python -m`
     try:
-        return importlib.import_module(name)
+        with _guarded(f"custom reward {spec!r}: importing {name}", RewardError):
+            return importlib.import_module(name)
+    except RewardError:
+        raise
     except Exception as error:
         raise RewardError(f"custom reward {spec!r}: importing {name} failed: {type(error).__name__}: {error}") from error
     finally:
         sys.path.pop(0)
+
+
+class _Aside:
+    """Standard error in place of standard output, which belongs to --json; closing it closes nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+    def close(self) -> None:
+        """Leave it open."""
+
+
+@contextlib.contextmanager
+def _guarded(what: str, error: type[Exception]) -> Iterator[None]:
+    """A user's code: it may print, and it cannot end the program."""
+    try:
+        with contextlib.redirect_stdout(_Aside()):
+            yield
+    except SystemExit as left:
+        raise error(f"{what}: it called sys.exit({left.code!r}); a reward returns numbers.") from None
 
 
 def _reads_second_argument(function: Score) -> bool:

@@ -15,6 +15,7 @@ from tdpo_cli.rewards import files
 from tdpo_cli.rewards.preprocess import OPENAI_MEAN, OPENAI_STD, Framing, frame, normalise
 
 CLIP_HUB = "openai/clip-vit-large-patch14"
+MOST_LAYERS = 1000  # of a tower; the largest published one has 64
 _CLIP_WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -154,6 +155,8 @@ class OpenClipBackbone(FrozenImageEncoder):
         config = files.read_json(config_path) if custom else {}
         # Not ViT-H-14-quickgelu: same shapes, other scores.
         model_config = config.get("model_cfg") if custom else open_clip.get_model_config("ViT-H-14")
+        if custom:
+            _check_open_clip(model_config, config_path)
         try:
             with files.building():
                 self.model = open_clip.CLIP(**model_config)
@@ -275,6 +278,28 @@ def _preprocessing(source: str | Path, image_size: int) -> tuple[Sequence[float]
         if sizes != {image_size}:
             raise RewardError(f"{path}: {name} is {entry}, but the network of config.json sees {image_size} pixels")
     return config.get("image_mean", OPENAI_MEAN), config.get("image_std", OPENAI_STD)
+
+
+def _check_open_clip(model_config: Any, path: Path) -> None:
+    """RewardError for a model_cfg that would run Python of its folder, ask the hub for other files, or build without end."""
+    towers = [model_config.get(name) if isinstance(model_config, dict) else None for name in ("vision_cfg", "text_cfg")]
+    if not all(isinstance(tower, dict) for tower in towers):
+        raise RewardError(f"{path} does not describe an open_clip CLIP: model_cfg needs a vision_cfg and a text_cfg")
+    for tower in towers:
+        for key, value in tower.items():
+            if value is not None and (key == "bpe_path" or str(key).startswith(("hf_model", "hf_proj", "timm_"))):
+                raise RewardError(f"{path}: {key} names files outside this checkpoint, so it is refused; only open_clip's own towers are read")
+        if not isinstance(tower.get("layers", 1), (int, list)) or isinstance(tower.get("layers"), int) and tower["layers"] > MOST_LAYERS:
+            raise RewardError(f"{path}: layers is {str(tower['layers'])[:40]}, expected at most {MOST_LAYERS}")
+    if towers[1].get("hf_tokenizer_name") is not None:
+        if not any(path.with_name(name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
+            raise RewardError(f"{path}: text_cfg.hf_tokenizer_name needs the tokenizer's files beside it; another place is not asked.")
+        for config in (path.with_name("tokenizer_config.json"), path.with_name("config.json")):
+            if config.is_file() and "auto_map" in files.read_json(config):
+                raise RewardError(f"{config}: auto_map names Python code to run, so it is refused; give a tokenizer that transformers has itself")
+    given = towers[1].get("tokenizer_kwargs", {})
+    if not isinstance(given, dict) or not set(given) <= {"context_length", "clean", "reduction_mask"}:
+        raise RewardError(f"{path}: text_cfg.tokenizer_kwargs is {str(given)[:80]}; expected clean, context_length or reduction_mask")
 
 
 def _open_clip_tokenizer(text_config: Mapping[str, Any], config_path: Path) -> Callable[[list[str]], Tensor]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tdpo_cli.errors import RequestError
 from tdpo_cli.models import checkpoints
 from tdpo_cli.models.checkpoints import Source
-from tdpo_cli.storage.run_dir import next_free
+from tdpo_cli.storage import claims
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class SampleRequest:
     preset: str | None = None  # base model and sampling settings; None: the run's own, else quickstart's
     overrides: Sequence[tuple[str, Any]] = ()  # ("section.key", value), on top of the preset
     epoch: int | None = None  # of a run folder; None: the last
-    out: Path | None = None  # folder for the images; None: a new samples/NAME-0001
+    out: Path | None = None  # folder for the images; None: a new samples/NAME-0001, see in_a_folder
     per_prompt: int = 1  # images
     seed: int = 0  # of the noise
     batch_size: int | None = None  # images per network call; None: from memory
@@ -35,14 +37,18 @@ class SampleRequest:
 
     def check(self) -> None:
         """What can be said without torch. Raises RequestError."""
-        out = self.folder(self.source())
-        if (out / "metadata.jsonl").exists():
-            raise RequestError(f"{out} already holds samples; choose another --out.")
+        if not math.isfinite(self.lora_scale):
+            raise RequestError(f"--lora-scale {self.lora_scale}: expected a finite number.")
+        self.source()
+        if self.out is not None and (self.out / "metadata.jsonl").exists():
+            raise RequestError(f"{self.out} already holds samples; choose another --out.")
 
     def source(self) -> Source:
         """The weights and the settings to sample them with. Raises RequestError."""
         return checkpoints.find(self.checkpoint, self.preset, self.overrides, self.epoch)
 
-    def folder(self, source: Source) -> Path:
-        """Where the images go."""
-        return self.out or next_free(Path("samples"), source.name)
+    @contextlib.contextmanager
+    def in_a_folder(self) -> Iterator[SampleRequest]:
+        """The same with `out`: a new folder of its own where none is given, which goes again if an error leaves it empty. Raises RequestError."""
+        with claims.given_or_new(self.out, Path("samples"), self.source().name) as folder:
+            yield replace(self, out=folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Sequence
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from tdpo_cli import models
 from tdpo_cli.console import Console
@@ -20,7 +20,7 @@ from tdpo_cli.randomness import Randomness
 from tdpo_cli.sampling import grid
 from tdpo_cli.sampling.generate import generate
 from tdpo_cli.sampling.request import SampleRequest
-from tdpo_cli.storage import disk
+from tdpo_cli.storage import disk, outside
 
 GRID_IMAGES = 64  # a grid holds at most this many
 GRID_COLUMNS = 8
@@ -30,7 +30,7 @@ def run(request: SampleRequest, console: Console) -> dict[str, Any]:
     """Write the images, each process its share. -> a summary for --json. Raises RequestError, WorkError."""
     request.check()
     source = request.source()
-    how, out = source.preset.shown, request.folder(source)
+    how, out = source.preset.shown, request.out
     team = world.current(str(world.device(request.device)))
     policy = _policy(request, source, team.device, console)
 
@@ -41,18 +41,20 @@ def run(request: SampleRequest, console: Console) -> dict[str, Any]:
     batch_size = request.batch_size or memory.sample_batch(source.preset, free)
     decode_chunk = memory.DECODED if team.device.type == "cuda" else None
     mine = team.mine(len(texts))
-    disk.make(out)
+    owned = disk.lock(out, "sampling") if team.is_main else None  # held to the end
+    request.check()  # once more: another process may have finished in this folder meanwhile
+    team.barrier()
     with console.progress("sampling", len(mine) * how.steps) as advance:
         own = [texts[i] for i in mine]
         batches = generate(policy, own, mine, Randomness(request.seed, "sample"), how.guidance_scale, batch_size, advance, decode_chunk)
         for number, image in zip(mine, (image for batch in batches for image in batch), strict=True):
-            with disk.failures(out):
-                grid.to_pil(image).save(out / names[number])
+            with disk.whole(out / names[number]) as aside:
+                grid.to_pil(image).save(aside, format="PNG")
     team.close()
     if team.is_main:
-        with disk.failures(out):
-            _write_list(out, names, texts, request.seed, request.per_prompt)
-            _write_grid(out, names, texts, request.per_prompt, title=f"{source.name}, seed {request.seed}")
+        _write_grid(out, names, texts, request.per_prompt, title=f"{source.name}, seed {request.seed}")
+        _write_list(out, names, texts, request.seed, request.per_prompt)
+        owned.close()
     console.say(f"{len(texts)} images of {len(request.prompts)} prompts in {out} (grid.png shows {min(len(texts), GRID_IMAGES)})")
     return {"out": str(out), "images": len(texts), "grid": str(out / "grid.png"), "source": source.name}
 
@@ -68,16 +70,20 @@ def _policy(request: SampleRequest, source: Source, device: torch.device, consol
 
 def _write_list(out: Path, names: Sequence[str], texts: Sequence[str], seed: int, per_prompt: int) -> None:
     """metadata.jsonl, the imagefolder convention; written last, so that it names only images that are there."""
-    with open(out / "metadata.jsonl", "w", encoding="utf-8") as metadata:
-        for number, (name, text) in enumerate(zip(names, texts, strict=True)):
-            line = {"file_name": name, "text": text, "seed": seed, "sample": number, "image_of_prompt": number % per_prompt}
-            metadata.write(json.dumps(line, ensure_ascii=False) + "\n")
+    lines = []
+    for number, (name, text) in enumerate(zip(names, texts, strict=True)):
+        line = {"file_name": name, "text": text, "seed": seed, "sample": number, "image_of_prompt": number % per_prompt}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    disk.write_text(out / "metadata.jsonl", "".join(lines))
 
 
 def _write_grid(out: Path, names: Sequence[str], texts: Sequence[str], per_prompt: int, title: str) -> None:
-    images = [Image.open(out / name) for name in names[:GRID_IMAGES]]
-    columns = per_prompt if 1 < per_prompt <= GRID_COLUMNS else min(len(images), GRID_COLUMNS)
-    grid.draw(images, texts[: len(images)], columns, title=title).save(out / "grid.png")
+    with contextlib.ExitStack() as stack, disk.failures(out):
+        images = [outside.open_image(stack.enter_context(outside.open_regular(out / name))) for name in names[:GRID_IMAGES]]
+        columns = per_prompt if 1 < per_prompt <= GRID_COLUMNS else min(len(images), GRID_COLUMNS)
+        drawn = grid.draw(images, texts[: len(images)], columns, title=title)
+    with disk.whole(out / "grid.png") as aside:
+        drawn.save(aside, format="PNG")
 
 
 def _slug(prompt: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tdpo_cli.sandbox import ZOO
 
-PARTS = ("clip", "vae", "unet", "aesthetic", "pickscore", "hpsv2", "imagereward")  # each needs only those before it
+PARTS = ("clip", "vae", "unet", "aesthetic", "pickscore", "hpsv2", "imagereward", "flow")  # each needs only those before it
 FOLDERS = {
     "clip": ("aesthetic/model.safetensors", "pipeline/text_encoder", "pipeline/tokenizer"),
     "vae": ("pipeline/vae",),
@@ -20,6 +20,7 @@ FOLDERS = {
     "pickscore": ("pickscore",),
     "hpsv2": ("hpsv2",),
     "imagereward": ("imagereward",),
+    "flow": ("flow",),
 }
 
 

@@ -1,23 +1,24 @@
-"""Which images of a folder to score, and which prompt belongs to each."""
+"""Which images of a folder to score, and which prompt belongs to each: the only reader of an image folder.
+
+The folder may be a stranger's: what is returned is checked, everything else is a RequestError.
+"""
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
-
 from tdpo_cli.errors import RequestError
-from tdpo_cli.score import listing
+from tdpo_cli.score import ahead, listing, png_text
+from tdpo_cli.score.listing import listed
+from tdpo_cli.storage import outside
 
 METADATA = "metadata.jsonl"  # the imagefolder convention: exactly the images it names
-PNG_CHUNKS = ("prompt", "parameters")
 NAME_KEYS, PROMPT_KEYS = ("file_name", "image"), ("prompt", "text")
 HOW = f"give --prompt, --prompts FILE, NAME.txt beside NAME.png, or a {METADATA}"
+LONGEST_PROMPT = 1_000_000  # bytes of a NAME.txt
+THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -26,26 +27,39 @@ class Item:
     prompt: str | None
 
 
-def collect(folder: Path, prompt: str | None, prompts_file: Path | None) -> list[Item]:
+@dataclass(frozen=True)
+class Pictures:
+    """What is to be scored, and what to tell about the folder."""
+
+    items: list[Item]
+    notes: list[str] = field(default_factory=list)
+
+
+def collect(folder: Path, prompt: str | None, prompts_file: Path | None, follow_links: bool = False) -> Pictures:
     """The folder's images in name order, each with the prompt of the first source that applies. Raises RequestError.
 
     The sources: `prompt` for all; `prompts_file`; metadata.jsonl; a text file beside each image; a PNG's text.
+    follow_links: also what lies outside the folder, by links or by names in metadata.jsonl.
     """
     check(folder, prompt, prompts_file)
     told: Mapping[str, str | None] | None = None
-    if (folder / METADATA).is_file():
-        told = _keyed(folder / METADATA, folder)
-        names = sorted(told)
+    metadata = folder / METADATA
+    if metadata.exists() or metadata.is_symlink():
+        _check_inside(folder, [METADATA], follow_links)
+        told = _keyed(metadata, folder)
+        found = listing.Found(sorted(told))
+        listing.check_names(folder, found.names, follow_links)
     else:
-        names = listing.find(folder)
+        found = listing.find(folder, follow_links)
     if prompt is not None:
-        return [Item(name, prompt) for name in names]
-    if prompts_file is not None:
-        return _from_file(prompts_file, folder, names)
-    if told is not None:
-        return [Item(name, told[name]) for name in names]
-    with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(lambda name: Item(name, _own_prompt(folder / name)), names, chunksize=64))
+        items = [Item(name, prompt) for name in found.names]
+    elif prompts_file is not None:
+        items = _from_file(prompts_file, folder, found.names)
+    elif told is not None:
+        items = [Item(name, told[name]) for name in found.names]
+    else:
+        items = _own_prompts(folder, found.names, follow_links)
+    return Pictures(items, found.notes)
 
 
 def check(folder: Path, prompt: str | None, prompts_file: Path | None) -> None:
@@ -53,6 +67,8 @@ def check(folder: Path, prompt: str | None, prompts_file: Path | None) -> None:
     listing.check_folder(folder)
     if prompt is not None and prompts_file is not None:
         raise RequestError("--prompt and --prompts exclude each other: give one prompt for all images, or a file of prompts.")
+    if prompt is not None and not outside.is_text(prompt):
+        raise RequestError(f"--prompt {prompt!r}: not UTF-8 text.")
     if prompts_file is not None:
         _text(prompts_file)
 
@@ -63,27 +79,36 @@ def without_prompt(items: Sequence[Item], folder: Path) -> list[str]:
 
 
 # --- one image's own ----------------------------------------------------------------------------------------------------
+def _own_prompts(folder: Path, names: Sequence[str], follow_links: bool) -> list[Item]:
+    beside = [Path(name).with_suffix(".txt").as_posix() for name in names]
+    _check_inside(folder, beside, follow_links)
+    return list(ahead.in_order(lambda name: Item(name, _own_prompt(folder / name)), names, THREADS))
+
+
 def _own_prompt(path: Path) -> str | None:
     """NAME.txt beside it, else a text chunk inside the PNG."""
     try:
-        return path.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
+        return outside.read_text(path.with_suffix(".txt"), LONGEST_PROMPT).strip()
     except FileNotFoundError:
         pass
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path.with_suffix('.txt')}: cannot be read as UTF-8 text: {error}") from None
-    if path.suffix.lower() != ".png":
-        return None
-    info = _header(path) or {}
-    return next((info[key].strip() for key in PNG_CHUNKS if isinstance(info.get(key), str)), None)
+    return png_text.prompt_of(_header(path) or {}) if path.suffix.lower() == ".png" else None
 
 
 def _header(path: Path) -> dict | None:
     """Pillow's `info`, without decoding pixels; None where it is no image."""
     try:
-        with Image.open(path) as image:
+        with outside.open_regular(path) as file, outside.open_image(file) as image:
             return dict(image.info)
     except Exception:  # noqa: BLE001 - each of Pillow's parsers raises its own; the reader will say what is wrong
         return None
+
+
+def _check_inside(folder: Path, names: Sequence[str], follow_links: bool) -> None:
+    """RequestError where the text of a file outside the folder would be taken into the rows."""
+    inside = listing.Inside(folder)
+    leaving = [] if follow_links else [name for name in names if inside.leaves(name)]
+    if leaving:
+        raise RequestError(f"{folder}: {listed(leaving)} lead out of it by links. {listing.ALLOW}.")
 
 
 # --- a file of prompts --------------------------------------------------------------------------------------------------
@@ -94,7 +119,8 @@ def _from_file(path: Path, folder: Path, names: Sequence[str]) -> list[Item]:
         if unknown:
             raise RequestError(f"{path}: prompts for {len(unknown)} images that are not in {folder}: {listed(unknown)}.")
         return [Item(name, told.get(name)) for name in names]
-    lines = _text(path).splitlines()
+    text = _text(path).removesuffix("\n")
+    lines = text.split("\n") if text else []
     while len(lines) > len(names) and not lines[-1].strip():
         lines.pop()
     if len(lines) != len(names):
@@ -108,13 +134,13 @@ def _from_file(path: Path, folder: Path, names: Sequence[str]) -> list[Item]:
 def _keyed(path: Path, folder: Path) -> dict[str, str | None]:
     """Image name -> prompt, of a .jsonl or .csv with `file_name` or `image`, and `prompt` or `text`."""
     told: dict[str, str | None] = {}
-    for number, row in _rows(path):
+    for number, row in outside.rows(path, _text(path)):
         name = next((row[key] for key in NAME_KEYS if row.get(key)), None)
-        if not isinstance(name, str):
+        if not outside.is_text(name) or "\0" in name:
             raise RequestError(f"{path}, line {number}: no image named; expected a `file_name` (or `image`) and a `prompt` (or `text`).")
         prompt = next((row[key] for key in PROMPT_KEYS if row.get(key) is not None), None)
-        if prompt is not None and not isinstance(prompt, str):
-            raise RequestError(f"{path}, line {number}: the prompt is not a string: {json.dumps(prompt)}.")
+        if prompt is not None and not outside.is_text(prompt):
+            raise RequestError(f"{path}, line {number}: the prompt is not a string of text, but {str(prompt)[:40]!r}.")
         name = _relative(name, folder)
         if told.get(name, prompt) != prompt:
             raise RequestError(f"{path}, line {number}: {name} has two prompts.")
@@ -122,25 +148,6 @@ def _keyed(path: Path, folder: Path) -> dict[str, str | None]:
     if not told:
         raise RequestError(f"{path}: no images in it.")
     return told
-
-
-def _rows(path: Path) -> Iterator[tuple[int, dict]]:
-    text = _text(path)
-    if path.suffix == ".csv":
-        reader = csv.DictReader(text.splitlines(keepends=True))
-        for row in reader:
-            yield reader.line_num, row
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise RequestError(f"{path}, line {number}: not valid JSON: {error}.") from None
-        if not isinstance(row, dict):
-            raise RequestError(f"{path}, line {number}: expected an object with `file_name` and `prompt`.")
-        yield number, row
 
 
 def _relative(name: str, folder: Path) -> str:
@@ -152,14 +159,6 @@ def _relative(name: str, folder: Path) -> str:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return outside.read_text(path)
     except FileNotFoundError:
         raise RequestError(f"{path}: no such prompt file.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path}: cannot be read as UTF-8 text: {error}") from None
-
-
-def listed(names: Sequence[str], most: int = 5) -> str:
-    """The first few, and how many more."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

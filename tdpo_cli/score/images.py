@@ -1,18 +1,21 @@
-"""Read any of Pillow's formats as 8-bit RGB, ahead of use and in order."""
+"""Read an image of an allowed format as 8-bit RGB, ahead of use and in order."""
 
 from __future__ import annotations
 
 import warnings
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from tdpo_cli.score import ahead
+from tdpo_cli.storage import outside
+
+LARGEST = 2**26  # pixels of one image; decoding takes about 11 bytes each, scoring 12 and more
+AHEAD = 2**26  # pixels that are decoded and not used yet
 BACKGROUND = "white"  # what shows through transparent pixels
 
 
@@ -26,16 +29,21 @@ def read(path: Path) -> Tensor:
     Raises UnreadableImage.
     """
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
+        with warnings.catch_warnings(), outside.open_regular(path) as file, outside.open_image(file) as image:
             warnings.simplefilter("ignore")  # large but allowed; odd EXIF
+            if image.width * image.height > LARGEST:
+                raise UnreadableImage(f"too large: {image.width} x {image.height}, more than {LARGEST:,} pixels")
             pixels = np.asarray(to_rgb(ImageOps.exif_transpose(image)))
+    except UnreadableImage:
+        raise
     except Image.DecompressionBombError:
         raise UnreadableImage(f"a decompression bomb: more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels") from None
+    except UnidentifiedImageError:
+        raise UnreadableImage(f"no image of a format that is read ({', '.join(outside.formats())})") from None
     except FileNotFoundError:
         raise UnreadableImage("no such file") from None
     except Exception as error:  # noqa: BLE001 - each of Pillow's decoders raises its own on damaged data
-        reason = str(error).replace(repr(str(path)), "it").replace(str(path), "it").strip()
-        raise UnreadableImage(reason or type(error).__name__) from None
+        raise UnreadableImage(getattr(error, "strerror", None) or str(error).strip() or type(error).__name__) from None
     if 0 in pixels.shape:
         raise UnreadableImage("it has no pixels")
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
@@ -61,19 +69,17 @@ def _grey(levels: np.ndarray) -> Image.Image:
 
 
 def read_ahead(paths: Sequence[Path], threads: int) -> Iterator[Tensor | UnreadableImage]:
-    """Every path's pixels, or what is wrong with it, in order. Decoded by threads, at most two images each ahead of use."""
-    with ThreadPoolExecutor(threads) as pool:
-        waiting: deque = deque()
-        try:
-            for path in paths:
-                waiting.append(pool.submit(_read_or_error, path))
-                if len(waiting) > 2 * threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+    """Every path's pixels, or what is wrong with it, in order. Decoded by threads, ahead of use by two images each and AHEAD pixels together."""
+    return ahead.in_order(_read_or_error, paths, threads, _pixels, AHEAD)
+
+
+def _pixels(path: Path) -> int:
+    """Of an image, by its header; 0 where it will not be decoded."""
+    try:
+        with warnings.catch_warnings(), outside.open_regular(path) as file, outside.open_image(file) as image:
+            return image.width * image.height if image.width * image.height <= LARGEST else 0
+    except Exception:  # noqa: BLE001 - `read` says what is wrong
+        return 0
 
 
 def _read_or_error(path: Path) -> Tensor | UnreadableImage:

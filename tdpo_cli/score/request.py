@@ -9,6 +9,7 @@ from pathlib import Path
 from tdpo_cli import rewards
 from tdpo_cli.errors import RequestError
 from tdpo_cli.score import captions, score_file
+from tdpo_cli.storage import outside
 
 DTYPES = ("fp32", "fp16", "bf16")
 
@@ -30,16 +31,12 @@ class ScoreRequest:
     gpus: int | None = None  # one process on each
     device: str | None = None  # None: a GPU where there is one
     dtype: str = "fp32"  # of the networks, one of DTYPES
+    follow_links: bool = False  # also what lies outside the folder
 
     @property
     def names(self) -> tuple[str, ...]:
         """The rewards, each once. Raises RequestError."""
         return reward_names(self.rewards)
-
-    @property
-    def file(self) -> Path:
-        """Where the scores go."""
-        return self.out or _next_free(self.folder)
 
     def check(self) -> None:
         """What can be said without torch and without reading the images. Raises RequestError."""
@@ -56,7 +53,10 @@ class ScoreRequest:
         if self.gpus is not None and (self.processes is not None or self.device is not None):
             raise RequestError("--gpus excludes --processes and --device: it takes the first N GPUs, one process each.")
         captions.check(self.folder, self.prompt, self.prompts)
-        score_file.check_suffix(self.file)
+        if self.out is not None:
+            if not outside.is_text(str(self.out)):
+                raise RequestError(f"--out {str(self.out)!r}: not UTF-8 text.")
+            score_file.check_suffix(self.out)
 
 
 def reward_names(wanted: str) -> tuple[str, ...]:
@@ -69,11 +69,3 @@ def reward_names(wanted: str) -> tuple[str, ...]:
     for name in names:
         rewards.check_name(name)
     return tuple(dict.fromkeys(names))
-
-
-def _next_free(folder: Path) -> Path:
-    """`scores/FOLDER-0001.jsonl`, counting up."""
-    number = 1
-    while (path := Path("scores", f"{folder.resolve().name}-{number:04d}.jsonl")).exists():
-        number += 1
-    return path

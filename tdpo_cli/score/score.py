@@ -14,10 +14,11 @@ from tdpo_cli.console import Console, duration, significant
 from tdpo_cli.errors import RequestError
 from tdpo_cli.machine import world
 from tdpo_cli.score import captions, summary
-from tdpo_cli.score.captions import HOW, Item, listed
+from tdpo_cli.score.captions import HOW, Item
+from tdpo_cli.score.listing import listed
 from tdpo_cli.score.request import ScoreRequest
 from tdpo_cli.score.score_file import ScoreFile
-from tdpo_cli.score.workers import Team, Work, team
+from tdpo_cli.score.workers import Problem, Team, Work, team
 
 BATCH_SIZE = {"cpu": 8, "cuda": 64}
 SHOWN_PROBLEMS = 20
@@ -28,23 +29,17 @@ def run(request: ScoreRequest, console: Console) -> dict[str, Any]:
     started = time.perf_counter()
     request.check()
     names, devices = request.names, _devices(request)
-    items = captions.collect(request.folder, request.prompt, request.prompts)
+    pictures = captions.collect(request.folder, request.prompt, request.prompts, request.follow_links)
+    items = pictures.items
+    for note in pictures.notes:
+        console.warn(note)
     _check_prompts(items, names, request.folder)
-    file = ScoreFile(request.file, names)
-    file.check_writable()
-    batch_size = request.batch_size or BATCH_SIZE.get(devices[0].partition(":")[0], 8)
-    paths = rewards.checkpoints(request.zoo, request.checkpoints)
-    work = Work(request.folder, names, paths, request.variant, request.dtype, devices, batch_size)
-
-    with team(work) as scorers:
-        meta = _meta(work, items, scorers.ask("describe"))
-        done = file.begin(meta, [item.name for item in items], work.chunk)
-        if done:
-            console.say(f"{file.path} has {done:,} of {len(items):,} images already; continuing.")
-        difference = _half_precision(scorers, items[done : done + work.chunk], console)
-        problems = _score(scorers, file, items[done:], console)
-
-    found = summary.summarise(file.read(), names)
+    with ScoreFile.taken(request.out, request.folder.resolve().name, names) as file:
+        batch_size = request.batch_size or BATCH_SIZE.get(devices[0].partition(":")[0], 8)
+        paths = rewards.checkpoints(request.zoo, request.checkpoints)
+        work = Work(request.folder, names, paths, request.variant, request.dtype, devices, batch_size)
+        done, difference, problems = _fill(file, work, items, console)
+        found = summary.summarise(file.read(), names)
     summary.show(found, console)
     seconds = time.perf_counter() - started
     new = len(items) - done
@@ -96,6 +91,16 @@ def _devices(request: ScoreRequest) -> tuple[str, ...]:
 
 
 # --- the work -----------------------------------------------------------------------------------------------------------
+def _fill(file: ScoreFile, work: Work, items: Sequence[Item], console: Console) -> tuple[int, dict[str, Any] | None, list[Problem]]:
+    """Write what is missing. -> rows that were there, the difference of half precision, what went wrong with single images"""
+    with team(work) as scorers:
+        done = file.begin(_meta(work, items, scorers.ask("describe")), [item.name for item in items], work.chunk)
+        if done:
+            console.say(f"{file.path} has {done:,} of {len(items):,} images already; continuing.")
+        difference = _half_precision(scorers, items[done : done + work.chunk], console)
+        return done, difference, _score(scorers, file, items[done:], console)
+
+
 def _meta(work: Work, items: Sequence[Item], described: dict[str, Any]) -> dict[str, Any]:
     """How the scores were made; what must be equal for a file to be continued."""
     digest = hashlib.sha256()
@@ -123,9 +128,9 @@ def _half_precision(scorers: Team, items: Sequence[Item], console: Console) -> d
     return difference
 
 
-def _score(scorers: Team, file: ScoreFile, items: Sequence[Item], console: Console) -> list[tuple[str, str]]:
+def _score(scorers: Team, file: ScoreFile, items: Sequence[Item], console: Console) -> list[Problem]:
     """Append a row per image. -> what went wrong with single images"""
-    problems: list[tuple[str, str]] = []
+    problems: list[Problem] = []
     with console.progress("scoring", len(items)) as advance:
         for rows, new in scorers.score(items, advance):
             file.append(rows)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import os
-import tempfile
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tdpo_cli.errors import RequestError
-from tdpo_cli.storage import disk
+from tdpo_cli.errors import RequestError, first_line
+from tdpo_cli.storage import claims, disk, outside
 
 Row = dict[str, Any]  # image, prompt, then a number or None per reward
 SUFFIXES = (".jsonl", ".csv")
@@ -24,22 +25,34 @@ def check_suffix(path: Path) -> None:
 
 
 class ScoreFile:
-    """Rows of `columns` in a .jsonl or .csv file, in the order of `names`."""
+    """Rows of `columns` in a .jsonl or .csv file, in the order of `names`. Use `taken` to write one."""
 
     def __init__(self, path: Path, columns: Sequence[str]):
         check_suffix(path)
         self.path, self.columns = path, list(columns)
         self.meta_path = path.with_suffix(".meta.json")
 
-    def check_writable(self) -> None:
-        """Before the networks are loaded. Raises RequestError."""
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.path.parent):
-                if self.path.exists():
-                    open(self.path, "r+b").close()
-        except OSError as error:
-            raise RequestError(f"--out {self.path}: cannot be written: {error.strerror or error}.") from None
+    @classmethod
+    @contextlib.contextmanager
+    def taken(cls, path: Path | None, name: str, columns: Sequence[str]) -> Iterator[ScoreFile]:
+        """A file of this process alone: `path`, or a new scores/NAME-0001.jsonl. An error that leaves it empty removes it again.
+
+        Raises RequestError, also where another process has it.
+        """
+        with claims.made(Path("scores") if path is None else path.parent):
+            if path is None:
+                path, lock = claims.new_file(Path("scores"), name, ".jsonl", "writing")
+            else:
+                check_suffix(path)
+                lock = claims.own_file(path, "writing")
+            with lock:
+                try:
+                    yield cls(path, columns)
+                except BaseException:
+                    if not os.fstat(lock.fileno()).st_size:
+                        with contextlib.suppress(OSError):
+                            path.unlink()  # still locked, so nobody else has begun it
+                    raise
 
     def begin(self, meta: Mapping[str, Any], names: Sequence[str], multiple_of: int) -> int:
         """Make ready to append: a new file, or the whole rows of one made with the same settings. -> rows already there
@@ -49,6 +62,7 @@ class ScoreFile:
         with disk.failures(self.path):
             if self.path.exists() and self.path.stat().st_size:
                 return self._continue(meta, names, multiple_of)
+            self._check_sister(meta)
             disk.write_text(self.meta_path, json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
             self.path.write_text(self._header(), encoding="utf-8")
             return 0
@@ -65,13 +79,12 @@ class ScoreFile:
 
     # --- continuing -----------------------------------------------------------------------------------------------------
     def _continue(self, meta: Mapping[str, Any], names: Sequence[str], multiple_of: int) -> int:
-        try:
-            recorded = json.loads(self.meta_path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+        recorded = self._read_meta()
+        if recorded is None:
             raise RequestError(
                 f"{self.path} exists, but {self.meta_path.name} beside it, which says how it was made, does not (or is damaged). "
                 "Choose another --out or remove the file."
-            ) from None
+            )
         different = differences(recorded, meta)
         if different:
             raise RequestError(
@@ -93,9 +106,32 @@ class ScoreFile:
             self.path.write_text(self._header(), encoding="utf-8")
         return kept
 
+    def _read_meta(self) -> dict[str, Any] | None:
+        """None where it is missing or not what this program writes."""
+        try:
+            content = json.loads(outside.read_text(self.meta_path))
+        except (OSError, ValueError, RecursionError):  # RequestError is a ValueError
+            return None
+        described = content.get("rewards") if isinstance(content, dict) else None
+        whole = isinstance(described, dict) and all(isinstance(one, dict) and isinstance(one.get("sha256", {}), dict) for one in described.values())
+        return content if whole else None
+
+    def _check_sister(self, meta: Mapping[str, Any]) -> None:
+        """Raises RequestError where NAME.meta.json belongs to a file of the other suffix that was made with other settings."""
+        sisters = [sister for suffix in SUFFIXES if (sister := self.path.with_suffix(suffix)) != self.path and sister.exists()]
+        recorded = self._read_meta() if sisters else None
+        if recorded is not None and (different := differences(recorded, meta)):
+            raise RequestError(
+                f"{self.meta_path} belongs to {sisters[0]}, which was made with other settings ({different[0]}). Choose another --out."
+            )
+
     def _read(self) -> Iterator[tuple[Row, int]]:
         """(row, the byte where it ends)"""
-        with open(self.path, "rb") as file:
+        try:
+            file = outside.open_regular(self.path)
+        except OSError as error:
+            raise RequestError(f"{self.path}: cannot be read: {error.strerror or error}.") from None
+        with file:
             parse = self._read_csv if self.path.suffix == ".csv" else self._read_jsonl
             yield from parse(file)
 
@@ -107,11 +143,11 @@ class ScoreFile:
             end += len(line)
             try:
                 row = json.loads(line)
-                if list(row) != ["image", "prompt", *self.columns]:
+                if not isinstance(row, dict) or list(row) != ["image", "prompt", *self.columns]:
                     raise ValueError("other columns")
-            except (ValueError, TypeError) as error:
-                raise RequestError(f"{self.path}, line {number}: not a row of scores ({error}).") from None
-            yield row, end
+                yield self._checked(row), end
+            except (ValueError, RecursionError) as error:
+                raise RequestError(f"{self.path}, line {number}: not a row of scores ({first_line(error)}).") from None
 
     def _read_csv(self, file: io.BufferedReader) -> Iterator[tuple[Row, int]]:
         end, whole = 0, True
@@ -123,17 +159,29 @@ class ScoreFile:
                 yield line.decode(errors="replace")  # a torn line may end within a letter
 
         names = ["image", "prompt", *self.columns]
-        for number, cells in enumerate(csv.reader(lines())):
-            if not whole or (len(cells) < len(names) and not file.peek(1)):
-                return  # torn, also within the line breaks of a prompt
-            try:
+        reader, number = csv.reader(lines()), -1
+        try:
+            for number, cells in enumerate(reader):
+                if not whole or (len(cells) < len(names) and not file.peek(1)):
+                    return  # torn, also within the line breaks of a prompt
                 if len(cells) != len(names) or (number == 0 and cells != names):
                     raise ValueError("other columns")
                 if number:
                     scores = [float(cell) if cell else None for cell in cells[2:]]
-                    yield dict(zip(names, [cells[0], cells[1], *scores], strict=True)), end
-            except ValueError as error:
-                raise RequestError(f"{self.path}, row {number}: not a row of scores ({error}).") from None
+                    yield self._checked(dict(zip(names, [cells[0], cells[1], *scores], strict=True))), end
+        except (ValueError, csv.Error) as error:
+            raise RequestError(f"{self.path}, row {number}: not a row of scores ({first_line(error)}).") from None
+
+    @staticmethod
+    def _checked(row: Row) -> Row:
+        """Raises ValueError for what is no name, prompt or finite number."""
+        image, prompt, *scores = row.values()
+        if not outside.is_text(image) or not (prompt is None or outside.is_text(prompt)):
+            raise ValueError("the image or the prompt is no text")
+        for score in scores:
+            if score is not None and (type(score) not in (int, float) or not abs(score) <= sys.float_info.max):
+                raise ValueError("a score is no finite number")
+        return row
 
     # --- writing --------------------------------------------------------------------------------------------------------
     def _header(self) -> str:
@@ -147,8 +195,8 @@ class ScoreFile:
     @staticmethod
     def _csv(cells: Sequence[Any]) -> str:
         buffer = io.StringIO()
-        csv.writer(buffer, lineterminator="\n").writerow(cells)
-        return buffer.getvalue()
+        csv.writer(buffer, lineterminator="\r\n").writerow(cells)  # so that cells with either of the two are quoted
+        return buffer.getvalue().removesuffix("\r\n") + "\n"
 
 
 def differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
@@ -165,6 +213,6 @@ def differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[
         for key in ("variant", "preprocessing"):
             if old[name].get(key) != new[name][key]:
                 lines.append(f"{name}: {key}: {json.dumps(old[name].get(key))}, now {json.dumps(new[name][key])}")
-        if sorted(old[name].get("sha256", {}).values()) != sorted(new[name]["sha256"].values()):
+        if sorted(map(str, old[name].get("sha256", {}).values())) != sorted(new[name]["sha256"].values()):
             lines.append(f"{name}: other weights ({old[name].get('checkpoint')}, now {new[name]['checkpoint']})")
     return lines

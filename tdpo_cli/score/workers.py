@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tdpo_cli import rewards
-from tdpo_cli.errors import RequestError, WorkError, described
+from tdpo_cli.errors import RequestError, WorkError, first_line
 from tdpo_cli.rewards import scoring
 from tdpo_cli.rewards.backbones import Backbones
 from tdpo_cli.score import request
@@ -34,6 +34,9 @@ PENDING_BYTES = 256e6  # of decoded images that wait for others of their size
 PIXELS_A_CALL = 16e6  # images of one call together: 200 MB as float32
 DTYPES = dict(zip(request.DTYPES, (torch.float32, torch.float16, torch.bfloat16), strict=True))
 
+# a GPU that answers nothing any more; older torch raises RuntimeError
+DEVICE_IS_LOST = (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()
+UNREADABLE = "cannot be read: "
 Problem = tuple[str, str]  # image, what is wrong
 
 
@@ -83,7 +86,7 @@ class Scorer:
         with contextlib.closing(read_ahead([self.work.folder / item.name for item in items], self.threads)) as stream:
             for index, pixels in enumerate(stream):
                 if isinstance(pixels, UnreadableImage):
-                    problems.append((items[index].name, f"cannot be read: {pixels}"))
+                    problems.append((items[index].name, f"{UNREADABLE}{pixels}"))
                     advance(1)
                     continue
                 size = tuple(pixels.shape[1:])
@@ -95,7 +98,19 @@ class Scorer:
                     waiting -= sum(flush(one) for one in list(buckets))
         for size in list(buckets):
             flush(size)
+        self._check_rewards(rows, problems)
         return rows, problems
+
+    def _check_rewards(self, rows: Sequence[Row], problems: Sequence[Problem]) -> None:
+        """WorkError where a reward failed on every image of a chunk: it is the reward that is broken, or what it needs is gone.
+
+        The chunk is not written, so that the same command tries it again.
+        """
+        readable = len(rows) - sum(problem.startswith(UNREADABLE) for _, problem in problems)
+        for name in self.work.rewards:
+            failed = [problem for _, problem in problems if problem.startswith(f"{name} failed: ")]
+            if len(failed) == readable > 1:
+                raise WorkError(f"reward {name} failed on every one of {readable} images, {rows[0]['image']} to {rows[-1]['image']}: {failed[0]}")
 
     def _score(self, rows: list[Row], batch: Sequence[tuple[int, Tensor]]) -> Iterator[Problem]:
         """Fill the rows of a batch."""
@@ -103,26 +118,30 @@ class Scorer:
         images = torch.stack([pixels for _, pixels in batch]).to(self.device).float().div_(255)
         prompts = [row["prompt"] or "" for row in mine]
         for name, reward in self.rewards.items():
-            for row, score in zip(mine, self._scores(name, reward, images, prompts, mine), strict=True):
-                if math.isfinite(score):
+            for row, score in zip(mine, self._scores(name, reward, images, prompts), strict=True):
+                if isinstance(score, str):
+                    yield row["image"], score
+                elif math.isfinite(score):
                     row[name] = float(str(np.float32(score)))  # the shortest digits that mean this float32
                 else:
                     yield row["image"], f"{name} gave {score}"
 
-    def _scores(self, name: str, reward: rewards.Reward, images: Tensor, prompts: list[str], rows: list[Row]) -> list[float]:
+    def _scores(self, name: str, reward: rewards.Reward, images: Tensor, prompts: list[str]) -> list[float | str]:
+        """A number per image; where the reward fails, the halves of the batch are tried, and one image alone gets the reason instead.
+
+        Raises RequestError, WorkError: what a reward raises when no single image is to blame.
+        """
         try:
             return scoring.score_images({name: reward}, images, prompts, len(images))[name].tolist()
-        except RequestError:
+        except (RequestError, WorkError):
             raise
-        except torch.OutOfMemoryError as error:
+        except Exception as error:  # noqa: BLE001 - a custom reward may raise anything
+            if isinstance(error, DEVICE_IS_LOST):
+                raise WorkError(f"reward {name} failed: {type(error).__name__}: {first_line(error)}") from error
             if len(images) == 1:
-                raise WorkError(f"{rows[0]['image']}: {name} does not fit into the memory of {self.device}: {error}") from None
-            half = len(images) // 2
-            parts = (slice(None, half), slice(half, None))
-            return [score for part in parts for score in self._scores(name, reward, images[part], prompts[part], rows[part])]
-        except Exception as error:
-            where = f"{rows[0]['image']} to {rows[-1]['image']}" if len(rows) > 1 else rows[0]["image"]
-            raise WorkError(f"reward {name} failed on {where}: {described(error)}") from error
+                return [f"{name} failed: {type(error).__name__}: {first_line(error)}"]
+        half = len(images) // 2
+        return [score for part in (slice(None, half), slice(half, None)) for score in self._scores(name, reward, images[part], prompts[part])]
 
     def half_precision_difference(self, items: Sequence[Item]) -> dict[str, dict[str, float]]:
         """Reward -> largest and mean |score - float32 score|, on the first images of one size."""

@@ -1,16 +1,33 @@
-"""Files and folders that are whole or not there, folders that one process owns, a failing disk as one clear message."""
+"""Files and folders that are whole or not there, folders that one process owns, a failing disk as one clear message.
+
+A folder may come from a stranger: nothing is written through a link in it, and only regular files are read.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from tdpo_cli.errors import RequestError, WorkError, first_line
+
+NOT_FOLLOWED = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # not blocking: a pipe without a writer
+
+
+def _mode() -> int:
+    """The permissions that a new file gets."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+MODE = _mode()  # once: to read the mask is to set it, for all threads
 
 
 # --- before anything is written -------------------------------------------------------------------------------------------
@@ -24,16 +41,30 @@ def make(folder: Path) -> None:
         raise RequestError(f"{folder}: cannot be written: permission denied")
 
 
+def refuse_links(folder: Path, names: Iterable[str]) -> None:
+    """RequestError where one of the names in a folder is a link: what is written there would go elsewhere."""
+    for name in names:
+        if (folder / name).is_symlink():
+            raise RequestError(
+                f"{folder / name}: a link to {os.readlink(folder / name)}. Nothing is written through a link inside a folder that may come from "
+                "elsewhere: replace it by what it points to."
+            )
+
+
 def lock(folder: Path, doing: str) -> IO:
     """Make the folder this process's own while the file returned is open: the kernel lets go when its owner dies.
 
     doing: what a second process is told that the first is doing there. Raises RequestError.
     """
     make(folder)
+    refuse_links(folder, [".lock"])
     try:
-        file = open(folder / ".lock", "w")
+        file = os.fdopen(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | NOT_FOLLOWED, MODE), "rb", buffering=0)
     except OSError as error:
         raise RequestError(f"{folder}: cannot be written: {error.strerror}") from None
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise RequestError(f"{folder / '.lock'}: not a regular file.")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -51,12 +82,16 @@ def lock(folder: Path, doing: str) -> IO:
 def whole(path: Path, shared: bool = False) -> Iterator[Path]:
     """A path beside `path` to write a file to, which becomes `path` at the end, or nothing does. Raises WorkError.
 
-    shared: other processes may write that file at the same time.
+    shared: other processes may write that file at the same time. Raises RequestError where `path` is a device, a pipe or a folder.
     """
+    if path.exists() and not path.is_file():
+        raise RequestError(f"{path}: not a regular file, so it is not replaced. Choose another place.")
     aside = aside_of(path, f".{os.getpid()}" if shared else "")
     with failures(path), nothing_left(aside):
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove(aside)  # what was left, or put there: a link would be followed
         yield aside
+        aside.chmod(MODE)  # safetensors' own files are for their owner only
         sync(aside)
         aside.rename(path)
         sync(path.parent)
@@ -83,8 +118,43 @@ def nothing_left(aside: Path) -> Iterator[None]:
         yield
     except BaseException:
         with contextlib.suppress(OSError):
-            shutil.rmtree(aside) if aside.is_dir() else aside.unlink(missing_ok=True)
+            remove(aside)
         raise
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link (not what it points to) or a folder; nothing where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# --- reading what may be damaged, or a stranger's -----------------------------------------------------------------------------
+def read_bytes(path: Path) -> bytes:
+    """The content of a regular file. Raises FileNotFoundError, and RequestError for what cannot be read."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise RequestError(f"{path}: not a regular file.")
+            return file.read()
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(path) from None
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def read_json(path: Path, kind: type, advice: str = "") -> Any:
+    """The JSON of a file, which is of that kind (dict, list). Raises FileNotFoundError, and RequestError for what is damaged."""
+    try:
+        content = json.loads(read_bytes(path).decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, numbers and nesting beyond all limits; not RequestError's
+        if isinstance(error, RequestError):
+            raise
+        raise RequestError(f"{path}: damaged: {first_line(error)}.{advice}") from None
+    if not isinstance(content, kind):
+        raise RequestError(f"{path}: damaged: expected a {kind.__name__}, found a {type(content).__name__}.{advice}")
+    return content
 
 
 def sync(path: Path) -> None:

@@ -1,4 +1,7 @@
-"""The run folder: preset.json, env.json, metrics.jsonl, log.txt, images, checkpoints, and the state a resume needs."""
+"""The run folder: preset.json, env.json, metrics.jsonl, log.txt, images, checkpoints, and the state a resume needs.
+
+It may be damaged, or a stranger's. `RunDir` is its only reader: what it returns is checked, everything else is a RequestError.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,23 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tdpo_cli.config.preset import Preset, from_dict
-from tdpo_cli.errors import RequestError, WorkError
+from tdpo_cli.config.fields import named
+from tdpo_cli.config.preset import RESUMABLE, Preset, from_dict
+from tdpo_cli.errors import RequestError, WorkError, first_line
 from tdpo_cli.storage import disk
 
 STATES_KEPT = 2
+FOLDERS = ("state", "checkpoints", "images")
+FILES = (".lock", "preset.json", "env.json", "metrics.jsonl", "log.txt", "report.html")
+LARGEST = 1e100  # of a number in metrics: far beyond what fp32 holds, and its square is still finite
 
 
 class RunDir:
@@ -31,13 +41,31 @@ class RunDir:
         return (self.path / "preset.json").exists()
 
     def lock(self) -> None:
-        """Refuse a second run in this folder, then sweep up what a killed one left half-written. Raises RequestError."""
+        """Refuse links and a second run in this folder, then sweep up what a killed one left half-written. Raises RequestError."""
         if self._lock is not None:
             return
+        self.refuse_links()
         self._lock = disk.lock(self.path, "training")
-        for place in (self.path, *(self.path / name for name in ("state", "checkpoints", "images"))):
+        for place in (self.path, *(self.path / name for name in FOLDERS)):
             for leftover in place.glob(".*.tmp"):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+                disk.remove(leftover)
+
+    def refuse_links(self) -> None:
+        """RequestError where a place that a run writes to is a link."""
+        disk.refuse_links(self.path, (*FILES, *FOLDERS))
+        for name in ("state", "checkpoints"):
+            disk.refuse_links(self.path / name, (folder.name for folder in numbered(self.path / name)))
+
+    def still_there(self) -> None:
+        """WorkError where the folder that this process locked was removed, moved or replaced: nothing that is written there could be resumed."""
+        if self._lock is None:
+            return
+        try:
+            same = os.path.samestat(os.stat(self.path / ".lock", follow_symlinks=False), os.fstat(self._lock.fileno()))
+        except OSError:
+            same = False
+        if not same or not self.holds_a_run:
+            raise WorkError(f"{self.path}: the run folder was removed, moved or replaced while the run trained. Nothing more is written there.")
 
     def must_be_free(self) -> None:
         """Whether a new run can start here, without writing anything yet. Raises RequestError."""
@@ -55,39 +83,78 @@ class RunDir:
         disk.make(self.path)
         disk.write_text(self.path / "preset.json", json.dumps(preset.as_dict(), indent=2) + "\n")
 
+    def change_preset(self, preset: Preset) -> None:
+        """Write what a resumed run may change, and leave the rest of preset.json as it is, keys of another version too."""
+        table = self._preset_table()
+        for key in RESUMABLE:
+            section, _, name = key.partition(".")
+            value = preset.as_dict()[section][name]
+            if name in table.get(section, {}) or value != getattr(getattr(Preset(), section), name):
+                table.setdefault(section, {})[name] = value
+        disk.write_text(self.path / "preset.json", json.dumps(table, indent=2) + "\n")
+
     def read_preset(self) -> Preset:
-        file = self.path / "preset.json"
+        return from_dict(self._preset_table(), where=str(self.path / "preset.json"))
+
+    def _preset_table(self) -> dict[str, Any]:
         try:
-            return from_dict(json.loads(file.read_text(encoding="utf-8")), where=str(file))
+            return disk.read_json(self.path / "preset.json", dict)
         except FileNotFoundError:
             raise RequestError(f"{self.path}: no run there (preset.json is missing).") from None
-        except json.JSONDecodeError as error:
-            raise RequestError(f"{file}: damaged: {error}") from None
+
+    def settings_digest(self) -> str | None:
+        """SHA-256 of preset.json as it is on the disk, without what a resume may change; a newer version's new keys do not change it.
+
+        None without a preset.json.
+        """
+        if not self.holds_a_run:
+            return None
+        table = self._preset_table()
+        for key in RESUMABLE:
+            section, _, name = key.partition(".")
+            if isinstance(table.get(section), dict):
+                table[section].pop(name, None)
+        return _digest(table)
 
     def read_environments(self) -> list[dict[str, Any]]:
+        """One entry per start or resume, each with a usable plan. Raises RequestError."""
         file = self.path / "env.json"
+        advice = " A resume reads the micro-batch from its last entry."
         try:
-            return json.loads(file.read_text()) if file.exists() else []
-        except ValueError as error:
-            raise RequestError(f"{file}: damaged: {error}. A resume reads the micro-batch from its last entry.") from None
+            entries = disk.read_json(file, list, advice)
+        except FileNotFoundError:
+            return []
+        for entry in entries:
+            if not isinstance(entry, dict) or not _is_plan(entry.get("plan", {"micro_batch": entry.get("micro_batch", 1)})):
+                raise RequestError(f"{file}: damaged: an entry is not what a run writes there.{advice}")
+        return entries
 
     def add_environment(self, entry: dict[str, Any]) -> None:
         """One entry per start or resume."""
         disk.write_text(self.path / "env.json", json.dumps([*self.read_environments(), entry], indent=2) + "\n")
 
     # --- metrics --------------------------------------------------------------------------------------------------------
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """The whole lines of metrics.jsonl; a torn last line is no line. Raises WorkError for a damaged one."""
-        rows = []
+    def read_metrics(self, rewards: Sequence[str] = ()) -> list[dict[str, Any]]:
+        """The whole lines of metrics.jsonl, their epochs ascending; a torn last line is no line.
+
+        `rewards` are those whose columns every row must have. Raises RequestError for a damaged line.
+        """
+        columns = [f"rewards/{name}/{figure}" for name in rewards for figure in ("mean", "std")]
+        rows: list[dict[str, Any]] = []
         for number, line in enumerate(self._metric_lines(), 1):
             try:
-                rows.append(json.loads(line))
-            except ValueError:
-                raise WorkError(f"{self.path / 'metrics.jsonl'}: line {number} is damaged; tdpo train --resume mends it.") from None
+                row = json.loads(line)
+                problem = _row_problem(row, rows, columns)
+            except (ValueError, RecursionError) as error:
+                problem = first_line(error)
+            if problem is not None:
+                raise RequestError(f"{self.path / 'metrics.jsonl'}: line {number} is damaged ({problem}); tdpo train --resume repairs it.")
+            rows.append(row)
         return rows
 
     def log(self, row: dict[str, Any]) -> None:
         """Append one epoch, or nothing of it. NaN and infinity become null."""
+        self.still_there()
         file = self.path / "metrics.jsonl"
         before = file.stat().st_size if file.exists() else 0
         with disk.failures(self.path):
@@ -115,13 +182,17 @@ class RunDir:
 
     def _metric_lines(self) -> list[str]:
         file = self.path / "metrics.jsonl"
-        # a flipped bit may be no UTF-8 any more: such a line is damaged, not the end of reading
-        text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+        try:
+            # a flipped bit may be no UTF-8 any more: such a line is damaged, not the end of reading
+            text = disk.read_bytes(file).decode("utf-8", errors="replace")
+        except FileNotFoundError:
+            text = ""
         return [line + "\n" for line in text.split("\n")[:-1]]  # behind the last newline: nothing, or a torn line
 
     # --- images ---------------------------------------------------------------------------------------------------------
     def save_image(self, name: str, image: Any) -> None:
         """images/NAME, whole or not at all."""
+        self.still_there()
         with disk.whole(self.path / "images" / name) as aside:
             image.save(aside, format="PNG")
 
@@ -150,11 +221,15 @@ class RunDir:
         import torch
 
         problems = []
-        for folder in _numbered(self.path / "state")[::-1]:
+        for folder in numbered(self.path / "state")[::-1]:
             problem = damage(folder)
             if problem is None:
-                state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-                epoch = json.loads((folder / "manifest.json").read_text())["epoch"]
+                manifest = Manifest.read(folder)
+                self._must_be_of_this_preset(folder, manifest)
+                try:
+                    state, epoch = torch.load(folder / "state.pt", map_location="cpu", weights_only=True), manifest.epoch
+                except Exception as error:  # noqa: BLE001 - pickle, zip and torch each raise their own
+                    raise RequestError(f"{folder / 'state.pt'}: damaged, not plain weights: {first_line(error)[:200]}") from None
                 if problems:
                     warn(f"{'; '.join(problems)}. Going on from the state before, of epoch {epoch}: later epochs are run again.")
                 return epoch, state
@@ -166,18 +241,45 @@ class RunDir:
             )
         return None
 
+    def _must_be_of_this_preset(self, folder: Path, manifest: Manifest) -> None:
+        """RequestError where preset.json was changed since that state was saved, other than what a resume may change.
+
+        Version 0.1 recorded only the whole preset's digest, run.epochs included, so the earlier numbers of epochs are tried too; a
+        state that fits is given what this version records, because a resume may change the rest.
+        """
+        now = self.settings_digest()
+        if manifest.settings is None and manifest.preset is not None and now is not None:
+            table = self._preset_table()
+            epochs = table.get("run", {}).get("epochs", 0)
+            tried = (manifest.epoch + 1, *range(epochs, manifest.epoch, -1)) if isinstance(epochs, int) else ()
+            same = any(_digest({**table, "run": {**table["run"], "epochs": count}}) == manifest.preset for count in tried[:100_000])
+            if same or not _is_digest(manifest.preset):
+                with disk.failures(self.path):
+                    manifest.add_settings(folder, now)
+                return
+        elif manifest.settings == now:
+            return
+        raise RequestError(
+            f"{self.path / 'preset.json'}: changed since {folder.name} was saved: the run would go on as another one. Put the old values back, or "
+            f"start a new run with the new ones: tdpo train --preset {self.path / 'preset.json'} --out OTHER"
+        )
+
     @contextlib.contextmanager
     def _folder(self, target: Path, epoch: int, digest: str) -> Iterator[Path]:
         """Written aside, hashed, synced, renamed: a folder of that name is either whole or not there."""
+        self.still_there()
         aside = disk.aside_of(target)
-        shutil.rmtree(aside, ignore_errors=True)
+        disk.remove(aside)
         with disk.failures(self.path), disk.nothing_left(aside):
             aside.mkdir(parents=True)
             yield aside
             files = sorted(path for path in aside.rglob("*") if path.is_file())
+            for path in files:
+                path.chmod(disk.MODE)  # safetensors' own files are for their owner only
             manifest = {
                 "epoch": epoch,
                 "preset": digest,
+                "settings": self.settings_digest(),
                 "files": {str(path.relative_to(aside)): hash_file(path) for path in files},
             }
             disk.write_text(aside / "manifest.json", json.dumps(manifest, indent=2) + "\n")
@@ -186,7 +288,7 @@ class RunDir:
             for folder in (path for path in aside.rglob("*") if path.is_dir()):
                 disk.sync(folder)
             disk.sync(aside)
-            shutil.rmtree(target, ignore_errors=True)  # an epoch that is run again
+            disk.remove(target)  # an epoch that is run again
             aside.rename(target)
             disk.sync(target.parent)
 
@@ -196,24 +298,22 @@ class RunDir:
         return [int(folder.name.removeprefix("epoch_")) for folder in epochs_in(self.path / "checkpoints")]
 
     def checkpoint(self, epoch: int | None = None) -> Path:
-        """The folder of that epoch, or of the last one. Raises RequestError."""
-        folders = epochs_in(self.path / "checkpoints")
+        """The folder of that epoch, or of the last one, whole by its manifest. Raises RequestError for one that is not."""
+        folders = numbered(self.path / "checkpoints")
         if not folders:
             raise RequestError(f"{self.path}: no checkpoint there yet.")
-        if epoch is None:
-            return folders[-1]
-        wanted = self.path / "checkpoints" / epoch_name(epoch)
+        wanted = folders[-1] if epoch is None else self.path / "checkpoints" / epoch_name(epoch)
         if wanted not in folders:
             raise RequestError(f"{self.path}: no checkpoint of epoch {epoch}. There are: {', '.join(f.name for f in folders)}.")
+        check_weights(wanted, must_have_manifest=True)
         return wanted
 
-
-def next_free(base: Path, name: str) -> Path:
-    """`base/name-0001`, counting up."""
-    number = 1
-    while (base / f"{name}-{number:04d}").exists():
-        number += 1
-    return base / f"{name}-{number:04d}"
+    def checkpoints(self) -> list[Path]:
+        """All checkpoints, oldest first, each whole by its manifest. Raises RequestError for one that is not."""
+        folders = numbered(self.path / "checkpoints")
+        for folder in folders:
+            check_weights(folder, must_have_manifest=True)
+        return folders
 
 
 def epoch_name(epoch: int) -> str:
@@ -222,29 +322,93 @@ def epoch_name(epoch: int) -> str:
 
 def epochs_in(folder: Path) -> list[Path]:
     """The whole folders of epochs, oldest first."""
-    return [path for path in _numbered(folder) if (path / "manifest.json").exists()]
+    return [path for path in numbered(folder) if (path / "manifest.json").exists()]
 
 
-def _numbered(folder: Path) -> list[Path]:
-    numbers = {path: path.name.removeprefix("epoch_") for path in folder.glob("epoch_*")}
-    named = [path for path, number in numbers.items() if number.isdigit()]
-    return sorted(named, key=lambda path: int(numbers[path]))  # by number: epoch_10000 follows epoch_9999
+def numbered(folder: Path) -> list[Path]:
+    """The folders of epochs, whole or not, oldest first."""
+    numbers = {path: re.fullmatch(r"epoch_([0-9]{1,9})", path.name) for path in folder.glob("epoch_*")}
+    named = {path: int(found.group(1)) for path, found in numbers.items() if found is not None}
+    return sorted(named, key=named.__getitem__)  # by number: epoch_10000 follows epoch_9999
+
+
+# --- manifests --------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Manifest:
+    """What a state or checkpoint folder holds, as manifest.json lists it."""
+
+    epoch: int
+    files: dict[str, str]  # path inside the folder -> SHA-256
+    preset: str | None  # digest of the whole preset
+    settings: str | None  # RunDir.settings_digest of that time; None in version 0.1
+
+    @staticmethod
+    def read(folder: Path) -> Manifest:
+        """Raises RequestError for a manifest that is missing or damaged, or that lists files outside the folder."""
+        file = folder / "manifest.json"
+        try:
+            content = disk.read_json(file, dict)
+        except FileNotFoundError:
+            raise RequestError(f"{file} is missing") from None
+        epoch, files = content.get("epoch"), content.get("files")
+        if type(epoch) is not int or not 0 <= epoch < 10**9 or not isinstance(files, dict):
+            raise RequestError(f"{file}: damaged: no epoch or no list of files in it")
+        for name, digest in files.items():
+            if not isinstance(digest, str) or not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+                raise RequestError(f"{file}: damaged: it lists {named(name)}, which is not a file of this folder")
+        texts = (content.get(key) if isinstance(content.get(key), str) else None for key in ("preset", "settings"))
+        return Manifest(epoch, files, *texts)
+
+    def add_settings(self, folder: Path, digest: str) -> None:
+        """Record the digest that version 0.1 did not."""
+        content = disk.read_json(folder / "manifest.json", dict)
+        disk.write_text(folder / "manifest.json", json.dumps({**content, "settings": digest}, indent=2) + "\n")
 
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a state or checkpoint folder, by its manifest; None if nothing is."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        for name, expected in manifest["files"].items():
-            if not (folder / name).is_file():
-                return f"{folder / name} is missing"
+        manifest = Manifest.read(folder)
+    except RequestError as error:
+        return f"{folder / 'manifest.json'} is damaged ({error})"
+    for name, expected in manifest.files.items():
+        if not (folder / name).is_file():
+            return f"{folder / name} is missing"
+        try:
             if hash_file(folder / name) != expected:
                 return f"{folder / name} is damaged (its hash differs from the manifest)"
-        if folder.name.startswith("epoch_") and folder.name != epoch_name(manifest["epoch"]):
-            return f"{folder / 'manifest.json'} is damaged (it speaks of epoch {manifest['epoch']})"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{folder / 'manifest.json'} is damaged ({error})"
+        except OSError as error:
+            return f"{folder / name} cannot be read ({error.strerror})"
+    if folder.name.startswith("epoch_") and folder.name != epoch_name(manifest.epoch):
+        return f"{folder / 'manifest.json'} is damaged (it speaks of epoch {manifest.epoch})"
     return None
+
+
+def check_weights(path: Path, must_have_manifest: bool = False) -> None:
+    """RequestError where a checkpoint folder, or a file in one, is not what its manifest says. Without a manifest nothing is known.
+
+    Every reader of weights comes through here; what was compared is compared again only when a file has changed.
+    """
+    folder = path if path.is_dir() else path.parent
+    manifest = folder / "manifest.json"
+    if not manifest.exists() and must_have_manifest:
+        others = ", ".join(other.name for other in epochs_in(folder.parent)) or "none"
+        raise RequestError(f"{manifest} is missing, so this checkpoint is damaged. Choose another one with --epoch. There are: {others}.")
+    if path.is_file() and manifest.is_file() and path.name not in Manifest.read(folder).files:
+        return  # a file of its own in the folder
+    if manifest.exists() and (problem := _damage_of(folder.resolve(), _signature(folder))):
+        raise RequestError(f"{problem.replace(str(folder.resolve()), str(folder))}. Choose another checkpoint, or copy this one again.")
+
+
+def _signature(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
+    """What changes when a file of a folder does."""
+    found = ((path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file())
+    return tuple((str(path), status.st_ino, status.st_size, status.st_mtime_ns) for path, status in found)
+
+
+@cache
+def _damage_of(folder: Path, signature: object) -> str | None:
+    return damage(folder)
 
 
 def rewrite(folder: Path, name: str, text: str) -> None:
@@ -252,7 +416,9 @@ def rewrite(folder: Path, name: str, text: str) -> None:
 
     Stopped in between, that one file counts as damaged, until it is replaced once more.
     """
-    manifest = json.loads((folder / "manifest.json").read_text())
+    Manifest.read(folder)
+    disk.refuse_links(folder.parent.parent, [folder.parent.name, f"{folder.parent.name}/{folder.name}", f"{folder.parent.name}/{folder.name}/{name}"])
+    manifest = disk.read_json(folder / "manifest.json", dict)
     disk.write_text(folder / name, text)
     manifest["files"][name] = hash_file(folder / name)
     disk.write_text(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
@@ -268,12 +434,49 @@ def hash_file(path: Path) -> str:
 
 
 def _prune(folder: Path, keep: int, spare: int | None = None) -> None:
-    for old in _numbered(folder)[:-keep]:
+    for old in numbered(folder)[:-keep]:
         if spare is None or old.name != epoch_name(spare):
-            shutil.rmtree(old)
+            disk.remove(old)
 
 
 def _finite(value: Any) -> Any:
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return None
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
     return {key: _finite(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _digest(table: Any) -> str:
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+
+
+def _is_digest(text: str) -> bool:
+    return re.fullmatch(r"[0-9a-f]{64}", text) is not None
+
+
+def _is_plan(plan: Any) -> bool:
+    """Whether this is a plan of machine/memory.py: positive sizes, switches, no other keys."""
+    sizes, switches = {"micro_batch", "sample_batch", "decode_chunk"}, {"checkpointing", "park", "offload"}
+    if not isinstance(plan, dict) or not set(plan) <= sizes | switches:
+        return False
+    if not all(type(value) is bool if key in switches else type(value) is int and 0 < value < 10**9 for key, value in plan.items()):
+        return False
+    return set(plan) == {"micro_batch"} or sizes <= set(plan)
+
+
+def _row_problem(row: Any, before: Sequence[dict[str, Any]], columns: Sequence[str]) -> str | None:
+    """What is wrong with a row of metrics; None if nothing is."""
+    if not isinstance(row, dict) or type(row.get("epoch")) is not int or not 0 <= row["epoch"] < 10**9:
+        return "no epoch in it"
+    if before and row["epoch"] <= before[-1]["epoch"]:
+        return f"epoch {row['epoch']} follows epoch {before[-1]['epoch']}"
+    if (lost := next((name for name in columns if name not in row), None)) is not None:
+        return f"{named(lost)} is missing"
+    for name, value in row.items():
+        for number in value if isinstance(value, list) else (value,):
+            if isinstance(number, (int, float)) and not abs(number) < LARGEST:
+                return f"{named(name)} is out of range"
+            if not isinstance(number, (int, float, type(None))):
+                return f"{named(name)} is not a number"
+    return None

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tdpo_cli.algorithms.base import credit as credit_of
@@ -42,15 +43,17 @@ def run_epoch(job: Job, epoch: int, console: Console) -> dict[str, Any]:
         samples, scores = sharing.of_all(own, draw, _scores(job, own, advance), home, world)
         del own  # and with it the images
         _report_faults(job, samples, scores, console)
+        job.combination.begin(scores)
 
     with console.timed(seconds, "update"), console.progress(f"epoch {epoch}: updating", preset.updates_per_epoch) as advance:
-        credit = credit_of(job.algorithm, samples, scores[preset.reward.train])
+        credit = credit_of(job.algorithm, samples, _in_training(job, scores), job.combination)
         steps, neurons = _inner_epochs(job, samples, credit, orders, _Watch(job, samples, advance, console))
         job.algorithm.after_epoch(credit)
+        constraints = job.combination.after_epoch(scores)
 
     seconds["total"] = time.perf_counter() - start
     job.updates += sum(not step.outcome.skipped for step in steps)
-    return metrics.row(job, EpochResult(epoch, samples, scores, credit, steps, neurons, seconds))
+    return metrics.row(job, EpochResult(epoch, samples, scores, credit, steps, neurons, constraints, seconds))
 
 
 def _inner_epochs(
@@ -131,16 +134,22 @@ def _scores(job: Job, trajectory: Trajectory, advance: Callable[[int], None]) ->
     return scores
 
 
+def _in_training(job: Job, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The scores that training reads: of the rewards that train or constrain."""
+    return {name: scores[name] for name in job.combination.names}
+
+
 def _report_faults(job: Job, samples: Trajectory, scores: dict[str, Tensor], console: Console) -> None:
     """Name every reward that gave a non-finite score, and what follows. Raises WorkError if nothing is left to train on."""
-    train, faults = job.preset.reward.train, []
+    used, faults = _in_training(job, scores), []
     for name, values in scores.items():
         bad = [prompt for prompt, fine in zip(samples.prompts, values.isfinite().tolist(), strict=True) if not fine]
         if bad:
-            what = "optimizer steps with these samples are skipped" if name == train else "no mean of it in this epoch's row"
+            what = "optimizer steps with these samples are skipped" if name in used else "no mean of it in this epoch's row"
             faults.append(f"epoch {samples.epoch}: reward {name} gave {len(bad)} non-finite scores, for {_named(bad)}; {what}.")
-    fine = usable(samples, scores[train])
-    broken = [prompt for prompt, sound, score in zip(samples.prompts, fine, scores[train], strict=True) if score.isfinite() and not sound]
+    fine = usable(samples, used)
+    known = torch.stack(list(used.values())).isfinite().all(dim=0)
+    broken = [prompt for prompt, sound, scored in zip(samples.prompts, fine, known, strict=True) if scored and not sound]
     if broken:
         faults.append(f"epoch {samples.epoch}: the networks gave non-finite log-probabilities or values for {_named(broken)}.")
     if not fine.any():

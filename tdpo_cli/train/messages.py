@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tdpo_cli.console import Console, duration, significant, size
 from tdpo_cli.errors import RequestError
 from tdpo_cli.machine import memory
 from tdpo_cli.overoptimisation import verdict
-from tdpo_cli.storage.run_dir import RunDir
+from tdpo_cli.storage.run_dir import RunDir, epochs_in
 from tdpo_cli.train.state import Job
 
 
@@ -26,7 +27,7 @@ def header(job: Job, out: Path, first_epoch: int) -> Sequence[tuple[str, str]]:
     reset = f"{preset.algorithm.reset_target} neurons every {preset.algorithm.reset_every} epochs"
     rows = [
         ("model", f"{preset.model.base}, {how}, {trained:,} trained weights"),
-        ("reward", f"{preset.reward.train}" + (f", watching {', '.join(preset.reward.watch)}" if preset.reward.watch else "")),
+        ("reward", f"{preset.trained_words}" + (f", watching {', '.join(preset.reward.watch)}" if preset.reward.watch else "")),
         ("prompts", f"{preset.rollout.prompts} ({len(job.prompts)})"),
         ("samples per epoch", f"{preset.rollout.samples_per_epoch}, {preset.rollout.steps} denoising steps each"),
         ("optimizer steps", f"{preset.updates_per_epoch} per epoch, {preset.update.batch_size} samples each"),
@@ -35,6 +36,11 @@ def header(job: Job, out: Path, first_epoch: int) -> Sequence[tuple[str, str]]:
         ("plan", f"{job.plan}; about {size(memory.estimate(preset, world.size, job.plan, world.device.type == 'cuda'))} of memory"),
         ("run folder", f"{out}"),
     ]
+    kinds = {"embedded": "an input of the network", "none": "not used: this model has none"}
+    if (kind := job.policy.family.guidance) in kinds:
+        rows.insert(4, ("guidance", f"{preset.rollout.guidance_scale:g}, {kinds[kind]}"))
+    if preset.reward.at_least:
+        rows.insert(2, ("constraints", preset.constraints_words))
     if preset.algorithm.facts.resets:
         rows.insert(5, ("resets", reset))
     if preset.has_critic:
@@ -43,32 +49,9 @@ def header(job: Job, out: Path, first_epoch: int) -> Sequence[tuple[str, str]]:
     return rows
 
 
-def epoch_line(row: dict[str, Any], first: dict[str, Any], preset: Preset) -> str:
-    """One line: trained reward and its rise in units of epoch 0's spread, watched rewards, health of the update, time."""
-    name = preset.reward.train
-    spread = first[f"rewards/{name}/std"] or 1
-    width = len(str(preset.run.epochs))
-    rise = (row[f"rewards/{name}/mean"] - first[f"rewards/{name}/mean"]) / spread
-    parts = [
-        # folders and metrics count from 0
-        f"epoch {row['epoch']:>{width}} ({row['epoch'] + 1:>{width}}/{preset.run.epochs})",
-        f"{name} {row[f'rewards/{name}/mean']:.3f} ({rise:+.2f} sd)",
-        *(f"{watched} {_shown(row[f'rewards/{watched}/mean'])}" for watched in preset.reward.watch),
-        f"kl {significant(row['approx_kl'], 2)}",
-        f"clipped {100 * row['policy_clip_fraction']:.0f}%",
-    ]
-    if row["dormant_fraction"] is not None:
-        parts.append(f"dormant {100 * row['dormant_fraction']:.0f}%")
-    if row["reset"]:
-        parts.append(f"reset {row['reset']}")
-    if row["skipped_steps"]:
-        parts.append(f"skipped {row['skipped_steps']} of {preset.updates_per_epoch} steps")
-    return "  ".join([*parts, f"{row['seconds/total']:.1f} s"])
-
-
 def drift_line(rows: Sequence[dict[str, Any]], preset: Preset) -> str | None:
     """A warning after the run's first epoch whose ratios were not 1 before the first optimizer step; None after all others."""
-    limit = max(preset.update.clip_range / 10, 2e-5)
+    limit = preset.drift_limit
     *before, now = (row.get("ratio_drift") or 0.0 for row in rows)
     if now <= limit or any(drift > limit for drift in before):
         return None
@@ -92,20 +75,20 @@ def _shown(score: float | None) -> str:
 
 def summary(preset: Preset, folder: RunDir, seconds: float) -> dict[str, Any]:
     """What came out, for --json and for the closing lines."""
-    rows = folder.read_metrics()
+    rows = folder.read_metrics(preset.rewards)
     if not rows:
         raise RequestError(f"{folder.path}: no finished epoch there.")
     rewards = {
         name: {"first": rows[0][f"rewards/{name}/mean"], "last": rows[-1][f"rewards/{name}/mean"], "rise": verdict.rise(rows, name)}
-        for name in preset.rewards
+        for name in dict.fromkeys((preset.trained, *preset.rewards))
     }
     finding = verdict.read(rows, preset)
     best = verdict.best(rows, preset, folder.saved_epochs())
     return {
-        "run": str(folder.path), "epochs": len(rows), "rewards": rewards, "trained": preset.reward.train,
+        "run": str(folder.path), "epochs": len(rows), "rewards": rewards, "trained": preset.trained_words,
         "verdict": {"kind": finding.kind, "sentence": finding.sentence, "since": finding.since},
         "stopped": len(rows) < preset.run.epochs and verdict.should_stop(rows, preset),
-        "checkpoint": str(folder.checkpoint()), "best_checkpoint": None if best is None else str(folder.checkpoint(best)),
+        "checkpoint": str(epochs_in(folder.path / "checkpoints")[-1]), "best_checkpoint": None if best is None else str(folder.checkpoint(best)),
         "seconds": seconds, "peak_memory_bytes": rows[-1]["peak_memory_bytes"],
     }  # fmt: skip
 
@@ -116,7 +99,7 @@ def closing(report: dict[str, Any], preset: Preset, console: Console) -> None:
     how = f"stopped after {report['epochs']} of {preset.run.epochs}" if report["stopped"] else f"done: {report['epochs']}"
     console.say(f"{how} epochs in {duration(report['seconds'])}", style="bold")
     for name, reward in report["rewards"].items():
-        role = "trained" if name == report["trained"] else "watched"
+        role = "trained" if name in (preset.trained, *preset.weights) else "constraint" if name in preset.reward.at_least else "watched"
         rise = "-" if reward["rise"] is None else f"{reward['rise']:+.2f} sd"
         console.say(f"  {name:<14} {role}  {_shown(reward['first'])} -> {_shown(reward['last'])}  ({rise}, last fifth against first fifth)")
     console.say()
@@ -131,11 +114,12 @@ def closing(report: dict[str, Any], preset: Preset, console: Console) -> None:
     if report["best_checkpoint"] not in (None, report["checkpoint"]):
         places.insert(1, ("best by the watched rewards", report["best_checkpoint"]))
     console.pairs(places, title="where things are")
-    prompt = prompts.load(preset.rollout.prompts)[0]
+    prompt, run = shlex.quote(prompts.load(preset.rollout.prompts)[0]), shlex.quote(run)
     console.say()
     console.say("what to try next", style="bold")
     console.say(f"  tdpo cross-eval {run}        # base model and checkpoints on held-out prompts: better, or cheating?")
-    console.say(f'  tdpo sample {run} "{prompt}" --per-prompt 8')
+    console.say(f"  tdpo sample {run} {prompt} --per-prompt 8")
     console.say(f"  tdpo train --resume --out {run} --epochs {preset.run.epochs * 2}        # train on")
+    preset_file = shlex.quote(f"{report['run']}/preset.json")
     others = [name for name in ALGORITHMS if name != preset.algorithm.name]
-    console.say(f"  tdpo train --preset {run}/preset.json --algorithm {others[0]}        # the same with another algorithm")
+    console.say(f"  tdpo train --preset {preset_file} --algorithm {others[0]}        # the same with another algorithm")

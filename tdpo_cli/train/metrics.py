@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tdpo_cli.errors import WorkError
 from tdpo_cli.machine.world import World
-from tdpo_cli.overoptimisation import agreement, verdict
+from tdpo_cli.overoptimisation import agreement
 from tdpo_cli.train.losses import approx_kl
 from tdpo_cli.train.state import Job
 from tdpo_cli.train.update import Step
@@ -30,6 +30,7 @@ class EpochResult:
     credit: Credit
     steps: list[Step]
     neurons: dict[str, Any]  # the algorithm's statistics of the critic, empty without one
+    constraints: dict[str, float]  # their columns, empty without any
     seconds: dict[str, float]
 
 
@@ -40,6 +41,7 @@ def row(job: Job, result: EpochResult) -> dict[str, Any]:
         "epoch": result.epoch,
         "reward_queries": (result.epoch + 1) * len(samples),
         **_rewards(job, result),
+        **result.constraints,
         **summarise(result.steps, job.world, job.preset.update.kl_coef > 0),
         **per_step(result.steps, job.preset.stochastic_steps, job.world),
         "ema": None if job.optimizers.average is None else job.optimizers.average.distance(),
@@ -55,15 +57,15 @@ def row(job: Job, result: EpochResult) -> dict[str, Any]:
 
 def _rewards(job: Job, result: EpochResult) -> dict[str, float | None]:
     """Mean and spread of every reward, and how far the trained and the watched rewards agree."""
-    reward, scores, columns = job.preset.reward, result.scores, {}
-    for name, values in scores.items():
-        # of the training reward, the scores that trained; a watched reward with a score missing has no mean
-        known = values[values.isfinite()].double() if name == reward.train else values.double()
+    preset, scores, columns = job.preset, result.scores, {}
+    trained = job.combination.trained(scores)
+    for name, values in (scores | {preset.trained: trained}).items():
+        # of what takes part in training, the known scores; a watched reward with a score missing has no mean
+        known = values[values.isfinite()].double() if name in (preset.trained, *job.combination.names) else values.double()
         whole = bool(known.isfinite().all())
         columns[f"rewards/{name}/mean"] = known.mean().item() if whole else None
         columns[f"rewards/{name}/std"] = known.std(correction=0).item() if whole else None
-    others = [scores[name] for name in reward.watch if name not in verdict.TRUE_REWARDS]
-    return columns | {"agreement": agreement.of_samples(scores[reward.train], others, result.samples.prompts)}
+    return columns | {"agreement": agreement.of_samples(trained, [scores[name] for name in preset.judges], result.samples.prompts)}
 
 
 def _explained_variance(values: Tensor | None, credit: Credit) -> float | None:

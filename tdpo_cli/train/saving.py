@@ -19,16 +19,16 @@ from tdpo_cli.randomness import Randomness
 from tdpo_cli.report.model_card import model_card
 from tdpo_cli.sampling import grid
 from tdpo_cli.sampling.generate import generate
-from tdpo_cli.storage.run_dir import RunDir, epoch_name
+from tdpo_cli.storage.run_dir import RunDir
 from tdpo_cli.train.state import Job
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "numpy", "pillow")
 
 
 def save(job: Job, folder: RunDir, epoch: int, row: dict[str, Any], last: bool) -> None:
-    """The order matters: a state on disk means that its metrics row and its checkpoint are there too."""
+    """The order matters: a state on disk means that its metrics row and its checkpoint are there too. On the main process."""
+    folder.still_there()
     run, digest = job.preset.run, job.preset.digest()
-    preview(job, folder, f"epoch {epoch}", f"{epoch_name(epoch)}.png")
     folder.log(row)
     if (epoch + 1) % run.save_every == 0 or last:
         rows, spare = folder.read_metrics(), None
@@ -47,7 +47,12 @@ def _write_checkpoint(job: Job, path: Path, rows: Sequence[dict[str, Any]]) -> N
 
 
 def preview(job: Job, folder: RunDir, title: str, file: str) -> None:
-    """Fixed prompts and fixed noise, apart from training: what changes from epoch to epoch is the policy alone."""
+    """Fixed prompts and fixed noise, apart from training: what changes from epoch to epoch is the policy alone.
+
+    The main process draws them. Of a sharded policy all processes compute, since each holds a part of the weights.
+    """
+    if not (job.world.is_main or job.policy.sharded):
+        return
     count = job.preset.run.preview_images
     if count == 0:
         return
@@ -56,7 +61,8 @@ def preview(job: Job, folder: RunDir, title: str, file: str) -> None:
     batches = generate(policy, shown, range(count), noise, how.guidance_scale, plan.sample_batch, decode_chunk=plan.decode_chunk)
     with job.optimizers.averaged():
         images = [grid.to_pil(image) for batch in batches for image in batch]
-    folder.save_image(file, grid.draw(images, shown, columns=min(count, 4), title=title))
+    if job.world.is_main:
+        folder.save_image(file, grid.draw(images, shown, columns=min(count, 4), title=title))
 
 
 def environment(job: Job, first_epoch: int) -> dict[str, Any]:

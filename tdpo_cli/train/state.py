@@ -10,11 +10,12 @@ import torch
 
 from tdpo_cli import algorithms, models
 from tdpo_cli.algorithms.base import Algorithm
+from tdpo_cli.algorithms.combination import Combination
 from tdpo_cli.algorithms.critic import Critic
 from tdpo_cli.config import prompts
 from tdpo_cli.config.preset import Preset
 from tdpo_cli.errors import RequestError
-from tdpo_cli.machine import memory
+from tdpo_cli.machine import memory, sharding
 from tdpo_cli.machine.world import World
 from tdpo_cli.models import settings
 from tdpo_cli.models.policy import Policy
@@ -56,8 +57,12 @@ class Job:
     plan: memory.Plan
     backbones: Backbones = field(default_factory=Backbones)
     view: views.View | None = None  # without a critic
+    combination: Combination = field(init=False)  # what the rewards come to
     updates: int = 0  # optimizer steps that were not skipped
     bad_steps: int = 0  # that were skipped
+
+    def __post_init__(self) -> None:
+        self.combination = Combination(self.preset)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -67,6 +72,7 @@ class Job:
             "critic": self.critic.state_dict() if self.critic else None,
             "critic_optimizer": self.optimizers.critic.state_dict() if self.critic else None,
             "algorithm": self.algorithm.state_dict(),
+            "combination": self.combination.state_dict(),
             **({"average": self.optimizers.average.state_dict()} if self.optimizers.average else {}),
             "updates": self.updates,
             "bad_steps": self.bad_steps,
@@ -86,6 +92,8 @@ class Job:
         if self.optimizers.average:
             self.optimizers.average.load_state_dict(state["average"])
         self.algorithm.load_state_dict(state["algorithm"])
+        if "combination" in state:  # since version 0.2
+            self.combination.load_state_dict(state["combination"])
         self.updates, self.bad_steps = state["updates"], state["bad_steps"]
 
 
@@ -96,7 +104,7 @@ def build(preset: Preset, world: World, plan: memory.Plan) -> Job:
     prompt_list = prompts.load(preset.rollout.prompts)
     policy = models.load(
         preset.model, device=world.device, negative_prompt=preset.rollout.negative_prompt,
-        keep_reference=preset.needs_reference, randomness=randomness,
+        keep_reference=preset.needs_reference, randomness=randomness, distribute=sharding.of(preset, world),
     )  # fmt: skip
     preset = set_schedule(policy, settings.fit(preset, settings.entry_of(preset)), randomness)
     policy.cut_up(plan.checkpointing, preset.run.compile)

@@ -20,8 +20,8 @@ from tdpo_cli.machine.world import World, current, may_download
 from tdpo_cli.models import settings
 from tdpo_cli.overoptimisation import verdict
 from tdpo_cli.report import report
-from tdpo_cli.storage.run_dir import RunDir
-from tdpo_cli.train import messages, saving, trackers
+from tdpo_cli.storage.run_dir import RunDir, epoch_name
+from tdpo_cli.train import epoch_table, messages, saving, trackers
 from tdpo_cli.train.epoch import run_epoch
 from tdpo_cli.train.state import Job, build
 
@@ -33,6 +33,7 @@ def run(preset: Preset, out: Path, resume: bool, console: Console, device: str |
     if world.size > preset.rollout.samples_per_epoch:
         raise RequestError(f"{world.size} workers for rollout.samples_per_epoch {preset.rollout.samples_per_epoch}: each needs at least one sample.")
     folder = RunDir(out)
+    resume = world.from_main(resume)  # where nothing is finished yet, another process may have looked after the main one began
     if world.is_main and resume:
         folder.lock()
         console.log = out / "log.txt"
@@ -76,7 +77,7 @@ def _run(
     if world.is_main and resume:
         folder.take_back_metrics(first_epoch, warn)
     nothing_left = None
-    if world.from_main(bool(loaded) and world.is_main and verdict.should_stop(folder.read_metrics(), preset)):
+    if world.from_main(bool(loaded) and world.is_main and verdict.should_stop(folder.read_metrics(preset.rewards), preset)):
         nothing_left = f"stopped after epoch {first_epoch - 1} for over-optimising. To go on: --set run.stop_on_overoptimisation=none"
     elif first_epoch >= preset.run.epochs:
         nothing_left = f"all {preset.run.epochs} epochs are done."
@@ -96,24 +97,18 @@ def _run(
             folder.start(preset)
             console.log = out / "log.txt"
         else:
-            folder.write_preset(preset)
+            folder.change_preset(preset)
         folder.add_environment(saving.environment(job, first_epoch))
         _warn_about_long_prompts(job, console)
         console.pairs(messages.header(job, out, first_epoch), title=f"tdpo {__version__}: training with {preset.algorithm.name.upper()}")
-        if first_epoch == 0:
-            saving.preview(job, folder, "before training", "before.png")
+    if first_epoch == 0:
+        saving.preview(job, folder, "before training", "before.png")
+    if world.is_main:
         track()
-        console.say()
+        console.say("\n".join(["", *epoch_table.heading(preset)]))
     for epoch in range(first_epoch, preset.run.epochs):
-        row = run_epoch(job, epoch, console)
-        stop = False
-        if world.is_main:
-            rows = [*folder.read_metrics(), row]
-            stop = verdict.should_stop(rows, preset)
-            with signals.held():  # an epoch that is computed is not lost to a signal
-                saving.save(job, folder, epoch, row, last=stop or epoch + 1 == preset.run.epochs)
-            track()
-            _say_epoch(rows, preset, console)
+        stop = _epoch(job, folder, epoch, console)
+        track()
         world.barrier()
         if preset.run.stop_on_overoptimisation is not None and world.from_main(stop):
             break
@@ -125,9 +120,23 @@ def _run(
     return summary
 
 
+def _epoch(job: Job, folder: RunDir, epoch: int, console: Console) -> bool:
+    """Run an epoch; the main process saves and prints it. -> whether the run should stop, known on the main process"""
+    row, stop = run_epoch(job, epoch, console), False
+    with signals.held():  # an epoch that is computed is not lost to a signal
+        saving.preview(job, folder, f"epoch {epoch}", f"{epoch_name(epoch)}.png")
+        if job.world.is_main:
+            rows = [*folder.read_metrics(), row]
+            stop = verdict.should_stop(rows, job.preset)
+            saving.save(job, folder, epoch, row, last=stop or epoch + 1 == job.preset.run.epochs)
+    if job.world.is_main:
+        _say_epoch(rows, job.preset, console)
+    return stop
+
+
 def _say_epoch(rows: Sequence[dict[str, Any]], preset: Preset, console: Console) -> None:
     """Print the newest epoch's line, and what changed with it."""
-    console.say(messages.epoch_line(rows[-1], rows[0], preset))
+    console.say(epoch_table.line(rows[-1], rows[0], preset))
     if drifted := messages.drift_line(rows, preset):
         console.warn(drifted)
     if changed := messages.verdict_line(rows, preset):
@@ -141,8 +150,12 @@ def _plan(preset: Preset, world: World, folder: RunDir, resume: bool) -> memory.
     if recorded and recorded[-1].get("memory_limit") == preset.run.memory_limit:
         before = recorded[-1]
         return memory.Plan(**before["plan"]) if "plan" in before else memory.Plan.of(before["micro_batch"])
-    free = torch.cuda.mem_get_info(world.device)[0] if gpu else memory.main_memory()[1]
-    limit = memory.limit(preset, free, gpu)
+    if gpu:
+        free = torch.cuda.mem_get_info(world.device)[0]
+    else:  # one number for all, which share it
+        free = world.from_main(memory.main_memory()[1])
+        free = None if free is None else free // world.size
+    limit = memory.limit(preset, free, gpu, world.size)
     if limit is not None:
         limit = int(world.min(torch.tensor(limit)))
     return memory.choose(preset, limit, world.size, gpu)

@@ -99,7 +99,7 @@ def tiny(policy: Policy, preset: Preset) -> Tiny:
     if seen != given:
         raise RequestError(f"model.tiny_vae {preset.model.tiny_vae} decodes latents of {seen} channels; this model's have {given}. {way_out}")
     factor = vae.config.upsampling_scaling_factor ** (len(vae.config.num_decoder_blocks) - 1)
-    own = 2 ** (len(policy.family.pipeline.vae.config.block_out_channels) - 1)
+    own = policy.family.pipeline.vae_scale_factor
     if factor != own:
         raise RequestError(f"model.tiny_vae {preset.model.tiny_vae} enlarges latents {factor} times, this model's VAE {own} times. {way_out}")
     return Tiny(vae.requires_grad_(False).eval().to(policy.device))

@@ -181,13 +181,6 @@ def test_workers_end_with_a_launcher_that_was_killed(launcher, tmp_path):
         (("--gpus", 40), r"--gpus 40: this machine has \d+ CUDA devices\."),
         (("--processes", 64), r"64 workers for 48 samples: each needs at least one\."),
         (("--processes", 2, "--gpus", 2), r"--gpus and --processes exclude each other.*"),
-        (("--machines", 2, "--gpus", 8), r"--machines 2 needs --machine-rank, --main-address HOST:PORT, and --gpus N.*"),
-        (
-            ("--machines", 2, "--processes", 2, "--machine-rank", 2, "--main-address", "a"),
-            r"--machine-rank 2: with --machines 2 it is one of 0 to 1\.",
-        ),
-        (("--machines", 2, "--processes", 2, "--machine-rank", 1, "--main-address", "a"), r"--machines needs --out RUN.*"),
-        (("--main-address", "host:1"), r"--machine-rank and --main-address are for several machines.*"),
     ],
 )
 def test_a_wrong_request_is_one_message_before_anything_starts(flags, message, monkeypatch, tmp_path):
@@ -197,22 +190,21 @@ def test_a_wrong_request_is_one_message_before_anything_starts(flags, message, m
     assert re.fullmatch(f"tdpo: {message}\n", outcome.err), outcome.err
 
 
-@pytest.mark.parametrize(
-    "flags, asked",
-    [(("--processes", 2), "2 workers"), (("--processes", 2, "--machines", 2, "--machine-rank", 0, "--main-address", "h"), "2 machines of 2 workers")],
-)
-def test_a_worker_checks_that_the_world_is_as_large_as_was_asked(flags, asked, monkeypatch, tmp_path):
+def test_a_worker_checks_that_the_world_is_as_large_as_was_asked(monkeypatch, tmp_path):
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
         monkeypatch.setenv(name, value)
-    outcome = tdpo(*TRAIN, *flags, "--out", tmp_path / "run")
+    outcome = tdpo(*TRAIN, "--processes", 2, "--out", tmp_path / "run")
     assert (outcome.status, outcome.err) == (
-        2, f"tdpo: the command asks for {asked}, but this process was started as one of 1 (WORLD_SIZE).\n"
+        2, "tdpo: the command asks for 2 workers, but this process was started as one of 1 (WORLD_SIZE).\n"
     )  # fmt: skip
 
 
-def test_several_machines_share_one_world():
-    plan = launch.plan(gpus=8, processes=None, machines=2, machine_rank=1, address="node0")
-    assert (plan.world_size, plan.device, plan.address) == (16, "cuda", "node0:29500")
+@pytest.mark.parametrize(("count", "again"), [(None, False), ("0", False), ("2", True)])
+def test_a_worker_that_torchrun_restarted_resumes(count, again, monkeypatch, tmp_path):
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    if count is not None:
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+    assert launch.restarted() is again
 
 
 # --- workers that lose each other -----------------------------------------------------------------------------------------

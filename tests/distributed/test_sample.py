@@ -13,7 +13,7 @@ def test_two_processes_write_the_samples_of_one(nursery, tmp_path):
     assert together.returncode == 0, together.stderr
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert files == sorted(path.name for path in (tmp_path / "two").iterdir())
-    assert len(files) == 8  # six images, their list, the grid
+    assert len(files) == 9  # six images, their list, the grid, the lock
     for name in files:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
 

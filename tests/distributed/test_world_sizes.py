@@ -147,7 +147,7 @@ def test_one_gradient_reduction_per_optimizer_step_and_a_handful_more(alone, two
 def test_only_the_main_process_writes_and_the_log_has_each_line_once(two, place):
     assert len(rows(place / "two")) >= 2
     log = (place / "two" / "log.txt").read_text()
-    assert log.count("epoch 0 (1/2)") == log.count("epoch 1 (2/2)") == 1
+    assert log.count("0/1 ") == log.count("1/1 ") == 1
 
 
 @pytest.mark.slow
@@ -156,3 +156,15 @@ def test_four_processes_agree_too(alone, nursery, place):
     for ours, theirs in zip(rows(place / "alone"), rows(place / "four"), strict=True):
         assert_same(ours, theirs, place)
     assert len({worker["epochs"][-1]["weights"] for worker in seen}) == 1
+
+
+@pytest.mark.slow
+def test_a_sharded_run_is_the_same_run_and_resumes_whole(alone, two, nursery, place):
+    workers(nursery, place, "sharded", "--processes", 2, "--epochs", 2, "--set", "run.micro_batch=3", "--set", "run.shard=on")
+    for ours, theirs in zip(rows(place / "two"), rows(place / "sharded"), strict=True):
+        assert_same(ours, theirs, place)
+    names = [{file.name for file in (place / run / "checkpoints" / "epoch_0001").iterdir()} for run in ("two", "sharded")]
+    assert names[0] == names[1]
+    outcome = tdpo("train", "--resume", "--out", place / "sharded", "--epochs", 3, "--set", "run.shard=off")
+    assert outcome.status == 0, outcome.err
+    assert_same(rows(place / "alone")[2], rows(place / "sharded")[2], place)

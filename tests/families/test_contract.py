@@ -95,7 +95,8 @@ def test_log_ratio_moves_with_the_weights(case, rollout):
     """So that the zeros above are no accident of a policy that ignores its adapter."""
     other = Rollout(case.fresh, rollout.guidance)
     other.policy = case.moved
-    assert other.log_ratio(range(4), [other.trained[0]] * 4).abs().min() > ROUNDING
+    # the largest: that of one sample can be near 0 by chance
+    assert other.log_ratio(range(4), [other.trained[0]] * 4).abs().max() > 4 * ROUNDING
 
 
 # --- images -------------------------------------------------------------------------------------------------------------

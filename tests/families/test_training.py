@@ -49,23 +49,33 @@ def assert_trained(run, epochs):
     assert weights and still <= unread(run)  # the zero half of the adapter left 0
 
 
+# what the last block throws away: what its text tokens attend to, and what becomes of them
+LAST = {
+    "StableDiffusion3Pipeline": ("attn.add_q_proj",),
+    "QwenImagePipeline": ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
+}
+
+
 def unread(run):
-    """Weights without a gradient: the last block of Stable Diffusion 3 throws away what its text tokens attend to."""
+    """Weights without a gradient."""
     base = Path(json.loads((run / "preset.json").read_text())["model"]["base"])
-    if json.loads((base / "model_index.json").read_text())["_class_name"] != "StableDiffusion3Pipeline":
-        return set()
-    last = json.loads((base / "transformer/config.json").read_text())["num_layers"] - 1
-    return {f"transformer.transformer_blocks.{last}.attn.add_q_proj.lora_B.weight"}
+    layers = LAST.get(json.loads((base / "model_index.json").read_text())["_class_name"], ())
+    last = json.loads((base / "transformer/config.json").read_text())["num_layers"] - 1 if layers else None
+    return {f"transformer.transformer_blocks.{last}.{layer}.lora_B.weight" for layer in layers}
 
 
 def test_run_with_a_critic_trains_every_layer(straight):
     assert_trained(straight, 2)
 
 
-def test_run_without_a_critic_trains_every_layer(train):
-    assert_trained(train("ddpo", "--epochs", 1, "--algorithm", "ddpo"), 1)
+@pytest.mark.slow
+@pytest.mark.parametrize(("algorithm", "epochs"), [("ddpo", 1), ("grpo", 2)])
+def test_run_without_a_critic_trains_every_layer(train, algorithm, epochs):
+    groups = ("--set", "rollout.images_per_prompt=2") if algorithm == "grpo" else ()
+    assert_trained(train(algorithm, "--epochs", epochs, "--algorithm", algorithm, *groups), epochs)
 
 
+@pytest.mark.slow
 def test_run_resumed_is_the_straight_run(straight, train):
     run = train("resumed", "--epochs", 1)
     outcome = tdpo("train", "--resume", "--out", run, "--epochs", 2, "--quiet")

@@ -70,7 +70,7 @@ def test_the_other_samples_earn_what_they_would_earn_alone(name, rewards, advant
     scores = torch.tensor([0.1, float("nan"), 0.4, 0.3, 0.9, -0.2])
     keep = [0, 2, 3, 4, 5]
     whole, alone = algorithms.make(preset), algorithms.make(preset)
-    credit = credit_of(whole, everyone, scores)
+    credit = credit_of(whole, everyone, {preset.reward.train: scores})
     import dataclasses
 
     part = {field: getattr(everyone, field)[keep] for field in ("log_probs", "values")}
@@ -84,7 +84,7 @@ def test_the_other_samples_earn_what_they_would_earn_alone(name, rewards, advant
 
 def test_finite_numbers_take_the_plain_way():
     preset, everyone, scores = make_preset(), make_trajectory(LinearPolicy(), 4), torch.tensor([0.1, 0.2, 0.4, 0.3])
-    credit, plain = credit_of(algorithms.make(preset), everyone, scores), algorithms.make(preset).credit(everyone, scores)
+    credit, plain = credit_of(algorithms.make(preset), everyone, {"any": scores}), algorithms.make(preset).credit(everyone, scores)
     assert credit.advantages.equal(plain.advantages) and credit.returns.equal(plain.returns)
 
 

@@ -67,6 +67,7 @@ def test_a_change_of_one_percent_in_one_element_is_noticed(replayed):
     assert not unnoticed, "\n".join(unnoticed)
 
 
+@pytest.mark.slow
 def test_masks_that_are_not_applied_are_noticed(dropout_folder, monkeypatch):
     monkeypatch.setattr(updates, "_keep_masks", lambda *arguments: None)
     wrong = {_quantity(comparison.name) for comparison in Replay(Trace(dropout_folder)).comparisons if not comparison.holds()}

@@ -143,11 +143,13 @@ def test_the_whole_unet_is_the_trained_one(place):
     assert abs(draw(names, saved) - draw(names, base(names))).max() > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("images, folder", [("seven", "seven"), ("noisy", "seven-noisy")])
 def test_plain_diffusers_repeats_tdpo_sample(place, images, folder):
     _, names = place
     assert abs(np.stack([pixels(image) for image in names[images]]) - samples(place, folder)).max() <= 1
 
 
+@pytest.mark.slow
 def test_noise_between_the_steps_matters(place):
     assert abs(samples(place, "seven") - samples(place, "seven-noisy")).max() > 20

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from tdpo_cli.config.preset import Model
 from tdpo_cli.models.family import FlowFamily
-from tdpo_cli.models.loading import grid_of, read_pipeline, read_scheduler_config
+from tdpo_cli.models.loading import grid_of, read_pipeline, read_scheduler_config, without_overflow
 from tdpo_cli.types import Conditioning
 
 
@@ -32,15 +31,13 @@ class Flux(FlowFamily):
 
     @classmethod
     def load(cls, source: str, model: Model, dtype: torch.dtype, device: torch.device) -> Flux:
-        # T5 overflows in fp16
-        t5_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
-        pipeline = read_pipeline(source, model, dtype, "transformer", text_encoder_2=t5_dtype)
+        pipeline = read_pipeline(source, model, dtype, "transformer", text_encoder_2=without_overflow(dtype))
         return cls(pipeline, read_scheduler_config(source, model.revision), device, model.resolution)
 
     def shape_of(self, resolution: tuple[int, int] | None) -> tuple[int, ...]:
         """As the noise is drawn: unpacked."""
         size = self.pipeline.default_sample_size
-        grid = (size, size) if resolution is None else grid_of(self.pipeline.vae, resolution, self.patch)
+        grid = (size, size) if resolution is None else grid_of(self.pipeline, resolution, self.patch)
         return (self.network.config.in_channels // self.patch**2, *grid)
 
     @property
@@ -50,10 +47,6 @@ class Flux(FlowFamily):
     @property
     def prompt_limit(self) -> int:
         return self.t5_length
-
-    def unshifted(self, steps: int) -> list[float]:
-        """From 1 to 1/T, as the pipeline gives them to its scheduler."""
-        return np.linspace(1, 1 / steps, steps).tolist()
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         embeds, pooled, _ = self.pipeline.encode_prompt(list(prompts), device=self.device, max_sequence_length=self.t5_length)

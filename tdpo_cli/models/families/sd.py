@@ -39,7 +39,7 @@ class StableDiffusion(Family):
 
     def shape_of(self, resolution: tuple[int, int] | None) -> tuple[int, ...]:
         unet = self.network
-        return (unet.config.in_channels, *(latent_size(unet) if resolution is None else grid_of(self.pipeline.vae, resolution)))
+        return (unet.config.in_channels, *(latent_size(unet) if resolution is None else grid_of(self.pipeline, resolution)))
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         embeds, _ = self.pipeline.encode_prompt(list(prompts), self.device, 1, do_classifier_free_guidance=False)

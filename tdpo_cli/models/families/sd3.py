@@ -9,11 +9,11 @@ from torch import Tensor
 
 from tdpo_cli.config.preset import Model
 from tdpo_cli.errors import RequestError
+from tdpo_cli.models import T5
 from tdpo_cli.models.family import FlowFamily
-from tdpo_cli.models.loading import grid_of, read_pipeline, read_scheduler_config
+from tdpo_cli.models.loading import grid_of, read_pipeline, read_scheduler_config, without_overflow
+from tdpo_cli.models.zero_tokens import merge_zeros
 from tdpo_cli.types import Conditioning
-
-T5 = ("text_encoder_3", "tokenizer_3")
 
 
 class StableDiffusion3(FlowFamily):
@@ -27,14 +27,16 @@ class StableDiffusion3(FlowFamily):
     @classmethod
     def load(cls, source: str, model: Model, dtype: torch.dtype, device: torch.device) -> StableDiffusion3:
         """Read the parts; T5 may be null in the folder, or left out by `model.drop_t5`. Raises RequestError."""
-        # T5 overflows in fp16
-        t5_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
+        t5_dtype = without_overflow(dtype)
         try:
             pipeline = read_pipeline(source, model, dtype, "transformer", absent=T5 if model.drop_t5 else (), text_encoder_3=t5_dtype)
         except RequestError as error:
             if any(part in str(error) for part in T5):
                 raise RequestError(f"{error} Or train without T5: --set model.drop_t5=true") from None
             raise
+        if pipeline.text_encoder_3 is None and dtype == torch.float32:
+            # half precision rounds the logarithm of the zeros' number
+            merge_zeros(pipeline.transformer, pipeline.tokenizer_max_length)
         return cls(pipeline, read_scheduler_config(source, model.revision), device, model.resolution)
 
     @property
@@ -43,7 +45,7 @@ class StableDiffusion3(FlowFamily):
 
     def shape_of(self, resolution: tuple[int, int] | None) -> tuple[int, ...]:
         config, size = self.network.config, self.network.config.sample_size
-        height, width = (size, size) if resolution is None else grid_of(self.pipeline.vae, resolution, self.patch)
+        height, width = (size, size) if resolution is None else grid_of(self.pipeline, resolution, self.patch)
         largest = config.pos_embed_max_size
         if max(height, width) > largest * self.patch:
             factor = self.pipeline.vae_scale_factor
@@ -59,6 +61,9 @@ class StableDiffusion3(FlowFamily):
     @property
     def prompt_limit(self) -> int:
         return self.pipeline.tokenizer_max_length if self.pipeline.tokenizer_3 is None else self.t5_length
+
+    def unshifted(self, steps: int) -> None:
+        """The pipeline gives its scheduler none."""
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """embeds: CLIP-L and CLIP-G side by side, 0 up to T5's width, then T5's tokens (0 without T5); pooled: both CLIPs'."""

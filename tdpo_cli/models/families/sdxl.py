@@ -40,7 +40,7 @@ class StableDiffusionXL(Family):
 
     def shape_of(self, resolution: tuple[int, int] | None) -> tuple[int, ...]:
         unet = self.network
-        return (unet.config.in_channels, *(latent_size(unet) if resolution is None else grid_of(self.pipeline.vae, resolution)))
+        return (unet.config.in_channels, *(latent_size(unet) if resolution is None else grid_of(self.pipeline, resolution)))
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(list(prompts), device=self.device, do_classifier_free_guidance=False)

@@ -10,12 +10,12 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection
 
+from tdpo_cli.models.zero_tokens import merge_zeros
 from tdpo_cli.sampling import grid
 from tdpo_cli.sandbox.training.common import Average, cosine_schedule, save_half, steps
 from tdpo_cli.sandbox.training.tokenizer import CONTEXT, write_tokenizer
 from tdpo_cli.sandbox.training.unet import cache_latents, check_prompts, judged
 from tdpo_cli.sandbox.training.vae import measure
-from tdpo_cli.sandbox.training.zero_tokens import merge_zeros
 from tdpo_cli.sandbox.world import all_prompts, held_out_prompts, quickstart_prompts
 
 STEPS = 5_000

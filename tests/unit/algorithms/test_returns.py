@@ -36,26 +36,34 @@ def test_discounting_leaves_its_input_alone():
     assert per_step.tolist() == [[1, 2]]
 
 
+def returns_of(preset, everyone):
+    """-> (returns, normalised rewards, mean KL) of REWARDS"""
+    returns = Returns(preset)
+    normed = returns.normalise(everyone.prompt_keys, REWARDS)
+    shared, mean_kl = returns(everyone, normed)
+    return shared, normed, mean_kl
+
+
 # --- returns ----------------------------------------------------------------------------------------------------------
 def test_only_the_last_step_earns_the_reward(everyone):
-    returns, normed, mean_kl = Returns(make_preset(**PLAIN, algorithm__gamma=0))(everyone, REWARDS)
+    returns, normed, mean_kl = returns_of(make_preset(**PLAIN, algorithm__gamma=0), everyone)
     assert returns.tolist() == [[0, 0, 1], [0, 0, 2], [0, 0, 3], [0, 0, 6]]
     assert normed.tolist() == [1, 2, 3, 6]
     assert mean_kl is None
 
 
 def test_gamma_carries_the_reward_back(everyone):
-    returns, _, _ = Returns(make_preset(**PLAIN, algorithm__gamma=0.5))(everyone, REWARDS)
+    returns, _, _ = returns_of(make_preset(**PLAIN, algorithm__gamma=0.5), everyone)
     assert returns[3].tolist() == [1.5, 3, 6]
 
 
 def test_returns_are_double_precision(everyone):
-    assert Returns(make_preset())(everyone, REWARDS)[0].dtype == torch.float64
+    assert returns_of(make_preset(), everyone)[0].dtype == torch.float64
 
 
 def test_clip_binds_after_normalisation_and_leaves_the_log_alone(everyone):
     settings = {"reward__normalise": "global", "reward__clip_range": 0.6, "algorithm__gamma": 0}
-    returns, normed, _ = Returns(make_preset(**settings))(everyone, REWARDS)
+    returns, normed, _ = returns_of(make_preset(**settings), everyone)
     expected = (REWARDS.numpy() - 3) / np.std(REWARDS.numpy(), ddof=1)
     assert normed.tolist() == pytest.approx(expected.tolist(), abs=1e-6)
     assert returns[:, -1].tolist() == pytest.approx(expected.clip(-0.6, 0.6).tolist(), abs=1e-6)
@@ -65,20 +73,20 @@ def test_rewards_are_standardised_under_the_prompt_as_the_encoder_saw_it(everyon
     # "a A" and "a" are one prompt to the text encoder
     everyone = dataclasses.replace(everyone, prompts=("A", "b", "a", "B"))
     preset = make_preset(reward__min_count=2, algorithm__gamma=0)
-    _, normed, _ = Returns(preset)(everyone, REWARDS)
+    _, normed, _ = returns_of(preset, everyone)
     assert normed.tolist() == pytest.approx([-1, -1, 1, 1], abs=1e-5)
 
 
 # --- KL shaping -------------------------------------------------------------------------------------------------------
 def test_kl_shaping_is_scaled_by_beta_and_by_the_coefficient(everyone):
     preset = make_preset(**PLAIN, algorithm__gamma=0, algorithm__kl_penalty="abs", algorithm__kl_penalty_coef=0.5, algorithm__init_kl_coef=0.2)
-    returns, _, mean_kl = Returns(preset)(with_kl(everyone, [1.0, -2.0, 4.0]), REWARDS)
+    returns, _, mean_kl = returns_of(preset, with_kl(everyone, [1.0, -2.0, 4.0]))
     assert returns[0].tolist() == pytest.approx([-0.1, -0.2, 1 - 0.4], abs=1e-6)
     assert mean_kl == pytest.approx(3.0, abs=1e-5)  # 1 - 2 + 4, whatever the mode
 
 
 def test_a_reference_without_a_penalty_only_logs(everyone):
-    returns, _, mean_kl = Returns(make_preset(**PLAIN, algorithm__reference=True))(with_kl(everyone, [1.0, 1.0, 1.0]), REWARDS)
+    returns, _, mean_kl = returns_of(make_preset(**PLAIN, algorithm__reference=True), with_kl(everyone, [1.0, 1.0, 1.0]))
     assert returns[:, 0].tolist() == REWARDS.tolist()
     assert mean_kl == pytest.approx(3.0, abs=1e-5)
 

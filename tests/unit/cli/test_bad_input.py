@@ -148,7 +148,7 @@ def test_unicode_everywhere(elsewhere):
     outcome = train("--out", "läufe/первый", "--json", rollout__prompts="подсказки.txt", reward__train="récompense.py:größe", run__preview_images=2)
     assert outcome.status == 0, outcome.err
     assert "подсказки.txt" in (elsewhere / "läufe/первый/log.txt").read_text(encoding="utf-8")
-    assert json.loads(tdpo("train", "--resume", "--out", "läufe/первый", "--json").out)["trained"] == "récompense.py:größe"
+    assert json.loads(tdpo("train", "--resume", "--out", "läufe/первый", "--trust-rewards", "--json").out)["trained"] == "récompense.py:größe"
 
 
 # --- the run folder -----------------------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def run(finished, elsewhere):
 )
 def test_a_changed_preset_is_refused_and_the_difference_said(arguments, message, run):
     said = refused(tdpo("train", "--resume", "--out", run, "--epochs", 2, *arguments))
-    changeable = "run.epochs, run.save_every, run.keep_last, run.stop_on_overoptimisation, run.trackers, run.memory_limit"
+    changeable = "run.epochs, run.save_every, run.keep_last, run.stop_on_overoptimisation, run.trackers, run.memory_limit, run.shard"
     assert f"a resumed run keeps its preset (only {changeable} may change)" in said and message in said
     assert "run.epochs: the run has" not in said
 

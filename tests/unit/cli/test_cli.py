@@ -76,12 +76,12 @@ def test_without_a_command_help_is_shown():
 
 OPTIONS = {
     "train": "--preset --set --algorithm --seed --epochs --stop-on-overoptimisation --out --resume --tracker "
-    "--gpus --processes --machines --machine-rank --main-address "
-    "--checkpoint --zoo --memory-limit --dry-run --json --quiet",
+    "--gpus --processes "
+    "--checkpoint --zoo --trust-rewards --memory-limit --dry-run --json --quiet",
     "sample": "--preset --epoch --out --per-prompt --seed --batch-size --steps --guidance-scale --eta --negative-prompt --lora-scale "
     "--device --dtype --gpus --processes --json --quiet",
-    "cross-eval": "--rewards --prompts --per-prompt --seed --out --epoch --preset --set --checkpoint --zoo --batch-size --device --gpus --processes "
-    "--json --quiet",
+    "cross-eval": "--rewards --prompts --per-prompt --seed --out --epoch --preset --set --checkpoint --zoo --trust-rewards --batch-size "
+    "--device --gpus --processes --json --quiet",
     "presets": "--json",
     "export": "--format --out --epoch --json --quiet",
     "report": "--out --json --quiet",

@@ -21,6 +21,7 @@ from tolerances import assert_same_run, bound, log_prob_error
 
 from tdpo_cli import algorithms, models
 from tdpo_cli.algorithms.base import credit as credit_of
+from tdpo_cli.algorithms.combination import Combination
 from tdpo_cli.algorithms.critic import Critic
 from tdpo_cli.config import preset as presets
 from tdpo_cli.config import prompts
@@ -64,6 +65,16 @@ FLOW = {
     "model.base": str(SD3), "model.resolution": 32, "rollout.steps": 4, "algorithm.name": "ddpo",
 }  # fmt: skip
 
+
+class Table(dict):
+    """A table of numbers as a setting's value, which may be part of a key."""
+
+    def __hash__(self):
+        return hash(tuple(self.items()))
+
+
+HELD = TWO | {"reward.at_least": Table({"jpeg-compressibility": 2.0})}  # violated from the start, so that it acts in the second epoch
+
 # key -> (settings that let it matter, values that each must give another run)
 CHANGES_THE_RUN = {
     "model.drop_t5": (FLOW, [True]),
@@ -79,6 +90,10 @@ CHANGES_THE_RUN = {
     "rollout.images_per_prompt": (GRPO, [4]),
     "rollout.negative_prompt": ({}, ["a red circle"]),
     "reward.train": ({}, ["jpeg-incompressibility"]),
+    "reward.train_weights": ({}, [Table({"gold": 1.0, "jpeg-incompressibility": weight}) for weight in (1.0, 0.5)]),
+    "reward.at_least": (TWO, [HELD["reward.at_least"], Table({"jpeg-compressibility": 1.0})]),
+    "reward.constraint_rate": (HELD, [0.2]),
+    "reward.constraint_max": (HELD, [0.05]),
     "reward.normalise": ({}, ["global", "none"]),
     "reward.scale_only": ({}, [True]),
     "reward.buffer_size": (TWO, [2]),
@@ -134,6 +149,8 @@ OF_THE_NETWORKS = {
     "rollout.eta", "rollout.noise_level", "rollout.window", "rollout.negative_prompt", "rollout.images_per_prompt", "reward.train",
     "algorithm.critic_activation", "update.kl_kind", "update.ema_decay", "update.ema_every",
 }  # fmt: skip
+# seconds each; smaller tests of the same: test_flow_families, test_groups_hold_one_prompt_each, test_average, test_losses
+TESTED_ELSEWHERE = {"model.drop_t5", "rollout.images_per_prompt", "update.ema_decay", "update.ema_every", "update.kl_kind"}
 MATHEMATICS = [key for key in CHANGES_THE_RUN if key not in OF_THE_NETWORKS and not key.startswith("model.")]
 
 
@@ -201,7 +218,7 @@ def small_mathematics(overrides: tuple) -> dict:
         critic.initialise(randomness.initial_weights("critic"))
     job = types.SimpleNamespace(
         preset=preset, policy=policy, critic=critic, algorithm=algorithms.make(preset), optimizers=make_optimizers(policy, critic, preset),
-        randomness=randomness, plan=memory.Plan.of(8), world=World(),
+        randomness=randomness, plan=memory.Plan.of(8), world=World(), combination=Combination(preset),
     )  # fmt: skip
     found = {}
     for epoch in range(2):
@@ -209,9 +226,12 @@ def small_mathematics(overrides: tuple) -> dict:
         if preset.scores_reference:
             away = torch.randn(samples.log_probs.shape, generator=draw) / 10
             samples = dataclasses.replace(samples, ref_log_probs=samples.log_probs + away)
-        credit = credit_of(job.algorithm, samples, torch.randn(len(samples.prompts), generator=draw))
+        scores = {name: torch.randn(len(samples), generator=draw) for name in job.combination.names}
+        job.combination.begin(scores)
+        credit = credit_of(job.algorithm, samples, scores, job.combination)
         _, neurons = epochs._inner_epochs(job, samples, credit, epochs._orders(job, epoch), Observer())
         job.algorithm.after_epoch(credit)
+        job.combination.after_epoch(scores)
         networks = {**policy.trainable, **(critic.state_dict() if critic else {})}
         found[epoch] = [dataclasses.asdict(credit), neurons, {name: weight.detach().clone() for name, weight in networks.items()}]
     return found | {"memory": copy.deepcopy(job.algorithm.state_dict())}
@@ -230,7 +250,9 @@ def test_option_changes_the_mathematics(key):
     all_differ(key, small_mathematics)
 
 
-@pytest.mark.parametrize("key", [pytest.param(key, marks=pytest.mark.slow) if key in MATHEMATICS else key for key in CHANGES_THE_RUN])
+@pytest.mark.parametrize(
+    "key", [pytest.param(key, marks=pytest.mark.slow) if key in TESTED_ELSEWHERE.union(MATHEMATICS) else key for key in CHANGES_THE_RUN]
+)
 def test_option_changes_the_run(key):
     all_differ(key, small_run, numbers)
 
@@ -254,6 +276,7 @@ def test_extra_threshold_is_logged_and_changes_nothing_else():
     assert same(weights(plain, "critic"), weights(extra, "critic"))
 
 
+@pytest.mark.slow
 def test_reference_alone_is_logged_and_changes_nothing_else():
     plain, logged = run_with(TWO), run_with(TWO | {"algorithm.reference": True})
     assert [row["mean_kl"] for row in plain["rows"]] == [None, None]
@@ -315,6 +338,7 @@ def test_the_checkpoint_holds_the_average_and_the_state_the_weights(tmp_path):
     assert len(saved) == len(held) and same(sorted(v.sum().item() for v in saved.values()), sorted(v.sum().item() for v in held.values()))
 
 
+@pytest.mark.slow
 def test_a_moving_average_goes_on_exactly_after_a_resume(tmp_path):
     straight, cut = start(EMA), start(EMA)
     for epoch in range(2):
@@ -348,6 +372,7 @@ def test_guidance_off_while_training_moves_the_ratio():
     assert run_with({"update.guidance": False})["rows"][0]["ratio_drift"] > 4 * rounding
 
 
+@pytest.mark.slow
 def test_micro_batch_never_changes_the_result():
     one, many = start(SMOOTH, micro_batch=1), start(SMOOTH, micro_batch=8)
     assert_same_run(*(run_epoch(job, 0, Console(quiet=True)) for job in (one, many)), one.preset)
@@ -577,6 +602,13 @@ def compiled():
         assert blocks and {module._compiled_call_impl is not None for module in blocks} == {wanted}
 
 
+def sharded():
+    """run.shard: on needs several processes; the sharded run itself is in tests/distributed/test_world_sizes.py."""
+    with pytest.raises(RequestError, match="sharding needs several processes"):
+        start({"run.shard": "on"})
+    start({"run.shard": "auto"})
+
+
 def shown_images(tmp_path, monkeypatch):
     """[sampling] reaches previews; without it they are made as the rollout samples."""
     pictures = {}
@@ -664,14 +696,16 @@ ELSEWHERE = {
     "run.micro_batch": run_folder,
     "run.memory_limit": memory_limit,
     "run.compile": compiled,
+    "run.shard": sharded,
     "run.max_bad_steps": max_bad_steps,
     "run.trackers": tracking,
     "run.stop_on_overoptimisation": stopping_early,
 }
 
 
-# seconds each; smaller tests of the same are in other files: test_verdict, test_trackers, test_memory, test_flow, test_critic_view
-SLOW = (stopping_early, tracking, memory_limit, compiled, shown_images, dynamics, critic_view, critic_state)
+# seconds each; smaller tests of the same are in other files: test_verdict, test_trackers, test_memory, test_flow, test_critic_view,
+# test_bad_input (save_every, keep_last, micro_batch), test_numbers (max_bad_steps)
+SLOW = (stopping_early, tracking, memory_limit, compiled, shown_images, dynamics, critic_view, critic_state, run_folder, max_bad_steps)
 
 
 @pytest.mark.parametrize(
@@ -737,7 +771,8 @@ def test_full_fine_tuning_without_a_reference_keeps_one_copy():
     assert start({"model.lora_rank": 0}).policy.adapter.reference is None
 
 
-@pytest.mark.parametrize("rank", [2, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [2, 0])
 def test_a_resumed_run_equals_a_straight_one(tmp_path, rank):
     """LoRA, and the whole UNet; with an adaptive KL controller and its reference."""
     changes = {"model.lora_rank": rank, "update.learning_rate": 1e-4, **KL, "algorithm.kl_target": 0.1, "rollout.prompts": str(two_prompts())}
@@ -760,6 +795,7 @@ def with_scaler(scale: float):
     return job
 
 
+@pytest.mark.slow
 def test_the_scaler_changes_no_number():
     scaled, plain = with_scaler(2.0**10), start({"update.max_grad_norm": 1.0})
     rows = [run_epoch(job, 0, Console(quiet=True)) for job in (scaled, plain)]

@@ -7,6 +7,7 @@ import sys
 import pytest
 from helpers import make_preset
 
+from tdpo_cli.algorithms import ACTS_ON, ALGORITHMS
 from tdpo_cli.config import preset as presets
 from tdpo_cli.config.fields import SettingError, said, suggest
 from tdpo_cli.config.preset import Preset
@@ -339,3 +340,60 @@ def test_suggestions_need_some_likeness():
 
 def test_long_values_are_cut_in_messages():
     assert said("x" * 100) == '"' + "x" * 56 + "... (a string)"
+
+
+# --- several rewards, constraints -------------------------------------------------------------------------------------------
+SEVERAL = [("reward.train_weights.pickscore", 1.0), ("reward.train_weights.hpsv2", 0.5)]
+
+
+def test_train_is_the_first_of_the_weights_and_what_trains_is_not_watched():
+    preset = presets.override(Preset(), [("reward.watch", ["gold", "hpsv2", "imagereward"]), *SEVERAL])
+    assert preset.reward.train == "pickscore" and preset.reward.watch == ("gold", "imagereward")
+    assert (preset.weights, preset.trained, preset.trained_words) == ({"pickscore": 1.0, "hpsv2": 0.5}, "combined", "pickscore + 0.5 hpsv2")
+    assert presets.from_dict(preset.as_dict(), "again") == preset  # as a run's preset.json
+    again = presets.override(preset, [("reward.train_weights", {}), ("reward.train", "aesthetic")])
+    assert again.weights == {"aesthetic": 1.0} and again.trained == "aesthetic"
+
+
+def test_a_constrained_reward_is_watched_and_judges_nothing():
+    preset = presets.override(Preset(), [("reward.watch", ["gold", "imagereward"]), ("reward.at_least.hpsv2", -0.2)])
+    assert preset.reward.watch == ("gold", "imagereward", "hpsv2") and preset.judges == ("imagereward",)
+
+
+def test_tables_of_numbers_are_read_from_a_file(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text("[reward.train_weights]\npickscore = 1\nhpsv2 = 0.5\n[reward.at_least]\nimagereward = -0.2\n")
+    preset = presets.load(str(file))
+    assert preset.rewards == ("pickscore", "hpsv2", "imagereward") and preset.reward.at_least == {"imagereward": -0.2}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        ([("reward.at_least.gold", -0.2)], "gold is the truth .* never be a constraint"),
+        ([("reward.at_least.aesthetic", -0.2)], "aesthetic trains"),
+        ([*SEVERAL, ("reward.at_least.hpsv2", -0.2)], "hpsv2 trains"),
+        ([("reward.at_least.hpsv2", float("nan"))], "nan is not a finite number"),
+        ([("reward.at_least.hpsv2", "low")], "reward.at_least.hpsv2: expected a number"),
+        ([("reward.train_weights.hpsv2", 0.0)], "0.0 is out of range; it must be above 0"),
+        ([("reward.train_weights.hpsv2", float("inf"))], "inf is not a finite number"),
+        ([("reward.train_weights", {"hpsv2": {"1": 2.0}})], "A name with a dot in it needs quotes"),
+        ([("reward.train_weights", 3)], "expected a table of numbers"),
+        ([*SEVERAL, ("reward.train", "aesthetic")], "reward.train is 'aesthetic' and reward.train_weights begins with 'pickscore'"),
+        ([("reward.constraint_rate", 0.5)], "constraint_rate 0.5 does nothing without a constraint"),
+        ([*SEVERAL, ("reward.normalise", "none")], "reward.normalise none leaves pickscore, hpsv2 on scales of their own"),
+        ([("reward.at_least.hpsv2", 0), ("algorithm.name", "grpo"), ("algorithm.advantage_std", "none")], "advantage_std none leaves"),
+    ],
+)
+def test_nonsense_of_several_rewards_and_constraints_is_refused(overrides, part):
+    with pytest.raises(SettingError, match=part):
+        presets.override(Preset(), overrides)
+
+
+def test_the_table_of_settings_and_algorithms_is_the_programs(root):
+    """docs/algorithm.md; the lines that it must hold are in the message."""
+    lines = [f"| setting | {' | '.join(ALGORITHMS)} |", "|---|" + "---|" * len(ALGORITHMS)]
+    lines += [f"| `{key}` | {' | '.join('yes' if name in names else '' for name in ALGORITHMS)} |" for key, names in ACTS_ON.items()]
+    text = (root / "docs" / "algorithm.md").read_text()
+    assert "\n".join(lines) in text, "\n".join(lines)
+    assert {key for key, *_ in presets.describe()} >= ACTS_ON.keys()

@@ -520,3 +520,16 @@ def test_the_picture_of_several_runs_is_larger_and_needs_no_display(tmp_path, mo
     one, two = (Image.open(tmp_path / name) for name in ("one.png", "two.png"))
     assert two.width > one.width and two.height > one.height
     assert len(two.convert("RGB").getcolors(1 << 24)) > 50
+
+
+def test_what_took_part_in_training_judges_no_checkpoint():
+    from types import SimpleNamespace
+
+    import numpy as np
+
+    from tdpo_cli.cross_eval.result import _judged
+
+    columns = {name: np.full((1, 2), value) for name, value in {"a": 1.0, "b": 4.0, "held": -1.0, "free": 2.0}.items()}
+    several = _judged(columns, SimpleNamespace(weights={"a": 1.0, "b": 0.5}, constraints=["held"], trained_reward="a + 0.5 b"))
+    assert {name: column.tolist() for name, column in several.items()} == {"a + 0.5 b": [[2.0, 2.0]], "free": [[2.0, 2.0]]}
+    assert _judged(columns, SimpleNamespace(weights={}, constraints=[], trained_reward="a")) is columns

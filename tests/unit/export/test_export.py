@@ -194,6 +194,7 @@ def test_sdxl_names_are_read_back_by_diffusers_own_converter(sizes, targets):
     assert {name: tensor.shape for name, tensor in again.items()} == {name.removeprefix("unet."): tensor.shape for name, tensor in state.items()}
 
 
+@pytest.mark.slow
 def test_sdxl_names_are_the_well_known_ones():
     """The published SDXL has its transformers at input blocks 4, 5, 7, 8, the middle, and output blocks 0 to 5."""
     converted = kohya.convert(sdxl(ATTENTION)[1], 2)
@@ -211,9 +212,26 @@ def test_sdxl_metadata_names_the_generation():
     assert (facts["ss_base_model_version"], facts["modelspec.architecture"]) == ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora")
 
 
-def test_transformers_are_refused_with_what_works():
-    with pytest.raises(RequestError, match=r"this LoRA is a transformer's .* ComfyUI and diffusers read it as it is"):
+def test_other_transformers_are_refused_with_what_works():
+    with pytest.raises(RequestError, match=r"this LoRA is another transformer's .* ComfyUI and diffusers read it as it is. .* alpha / rank"):
         kohya.convert({"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.zeros(2, 4)})
+
+
+def test_qwen_image_is_the_same_lora_in_diffusers():
+    pipeline = pytest.importorskip("diffusers.pipelines.qwenimage.pipeline_qwenimage", reason="this diffusers has no Qwen-Image").QwenImagePipeline
+    from tdpo_cli.models.families.qwen_image import QwenImage
+
+    draw = torch.Generator().manual_seed(0)
+    layers = [f"transformer.transformer_blocks.{block}.{layer}" for block in (0, 11) for layer in QwenImage.lora_targets]
+    shapes = {"lora_A": (2, 5), "lora_B": (7, 2)}
+    state = {f"{layer}.{part}.weight": torch.randn(shape, generator=draw) for layer in layers for part, shape in shapes.items()}
+    converted = kohya.convert(state, alpha_of=lambda layer, rank: 6.0)
+    assert converted["lora_unet_transformer_blocks_11_attn_to_out_0.lora_down.weight"].equal(state[f"{layers[12 + 3]}.lora_A.weight"])
+    back = pipeline.lora_state_dict(converted)
+    assert back.keys() == state.keys()
+    for layer in layers:
+        ours, theirs = (one[f"{layer}.lora_B.weight"] @ one[f"{layer}.lora_A.weight"] for one in (state, back))
+        assert (theirs - ours * (6.0 / 2)).abs().max() < 1e-5
 
 
 def test_alpha_of_the_file_is_exported(policy, tmp_path):

@@ -172,7 +172,7 @@ def test_an_asked_for_micro_batch_stays():
 
 
 def test_without_a_limit_a_cpu_takes_the_first_plan():
-    assert memory.choose(presets.load("quickstart"), memory.limit(presets.load("quickstart"), 10**6, gpu=False), gpu=False) == memory.CPU_LADDER[0]
+    assert memory.choose(presets.load("quickstart"), memory.limit(presets.load("quickstart"), 10**10, gpu=False), gpu=False) == memory.CPU_LADDER[0]
 
 
 @pytest.mark.parametrize(

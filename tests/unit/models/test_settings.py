@@ -67,6 +67,25 @@ def test_drop_t5_is_refused_where_no_encoder_may_be_missing():
             settings.fit(preset, entry)
 
 
+def test_a_family_that_the_installed_diffusers_lacks_names_the_version(tmp_path, monkeypatch):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "ZImagePipeline"}')
+    for here, refused in (("0.36.0", True), ("0.38.1", True), ("0.39.0.dev0", False), ("0.40", False), ("1.0", False)):
+        monkeypatch.setattr("importlib.metadata.version", lambda package, here=here: here)
+        with pytest.raises(RequestError) as error:  # there is nothing else in the folder
+            models.load(presets.Model(base=str(tmp_path)))
+        assert (f"Z-Image needs diffusers >= 0.39, here is {here}: pip install -U diffusers" in str(error.value)) is refused
+
+
+def test_a_tiny_decoder_is_refused_where_none_is_made():
+    tiny = presets.override(preset_of(), [("model.tiny_vae", "some/where"), ("algorithm.critic_view", "tiny")])
+    settings.fit(tiny, models.FAMILIES["ZImagePipeline"])
+    for name in ("Flux2KleinPipeline", "QwenImagePipeline"):
+        entry = models.FAMILIES[name]
+        with pytest.raises(RequestError, match=f"no AutoencoderTiny exists for the latents of {entry.title}. Use .*critic_view=decode"):
+            settings.fit(tiny, entry)
+        settings.fit(presets.override(tiny, [("algorithm.name", "grpo")]), entry)  # no critic looks
+
+
 @pytest.mark.parametrize("written", [{"noise_level": 0.7}, {"dynamics": "cps"}, {"window": 2}])
 def test_settings_of_both_kinds_contradict_each_other_whatever_the_model(written):
     with pytest.raises(SettingError, match="rollout.eta 1.0 is for DDIM and rollout.*for flow-matching models. Leave one out"):

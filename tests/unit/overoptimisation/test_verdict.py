@@ -188,3 +188,33 @@ def test_a_run_stops_names_its_best_checkpoint_and_stays_stopped(tmp_path, monke
     assert len((run / "metrics.jsonl").read_text().splitlines()) == len(rows)
     further = tdpo("train", "--resume", "--out", run, "--set", "run.stop_on_overoptimisation=none", "--epochs", len(rows) + 1)
     assert further.status == 0 and len((run / "metrics.jsonl").read_text().splitlines()) == len(rows) + 1
+
+
+# --- constraints and several rewards --------------------------------------------------------------------------------------
+def rows_of(**curves):
+    """Means per epoch; every standard deviation is 1."""
+    names = {name: list(means) for name, means in curves.items()}
+    epochs = range(len(next(iter(names.values()))))
+    return [{"epoch": e, **{f"rewards/{n}/{k}": (m[e] if k == "mean" else 1.0) for n, m in names.items() for k in ("mean", "std")}} for e in epochs]
+
+
+def test_a_constraint_does_not_judge_and_the_sentence_says_so():
+    rising, falling = [e / 10 for e in range(30)], [-e / 10 for e in range(30)]
+    rows = rows_of(aesthetic=rising, hpsv2=falling, imagereward=rising)
+    watched = {"reward__train": "aesthetic", "reward__watch": ("hpsv2", "imagereward")}
+    assert verdict.read(rows, make_preset(**watched)).kind != "improving"
+    found = verdict.read(rows, make_preset(**watched, reward__at_least={"hpsv2": -0.2}))
+    assert found.kind == "improving" and "others without hpsv2, which constrains, +2.50 sd" in found.sentence
+
+
+def test_a_run_whose_watched_rewards_all_constrain_has_no_verdict():
+    preset = make_preset(reward__train="aesthetic", reward__watch=("gold", "hpsv2"), reward__at_least={"hpsv2": -0.2})
+    found = verdict.read(rows_of(aesthetic=range(30), hpsv2=range(30), gold=range(30)), preset)
+    assert found.kind == "unwatched" and "beside hpsv2, which constrains" in found.sentence
+
+
+def test_several_training_rewards_are_judged_by_their_combined_curve():
+    preset = make_preset(reward__train="a", reward__train_weights={"a": 1.0, "b": 0.5}, reward__watch=("hpsv2",))
+    rising, falling = [e / 10 for e in range(30)], [-e / 10 for e in range(30)]
+    found = verdict.read(rows_of(a=falling, b=falling, combined=rising, hpsv2=falling), preset)
+    assert found.kind == "over-optimising" and found.sentence.startswith("a + 0.5 b +2")

@@ -72,8 +72,15 @@ def test_address_that_is_none_is_refused_before_anything_is_sent(name):
 
 def test_rewards_that_reach_outside_are_known_by_their_name():
     assert {name for name in rewards.names() if rewards.reaches_outside(name)} == set()
-    assert rewards.reaches_outside("no_such_module:f") == rewards.reaches_outside("a/b.py:f") == "runs Python code"
-    assert rewards.reaches_outside("https://judge.example/hpsv3") == "sends pictures to judge.example"
+    assert rewards.reaches_outside("no_such_module:f") == rewards.reaches_outside("a/b.py:f") == "run code"
+    assert rewards.reaches_outside("https://judge.example/hpsv3") == "send pictures to judge.example"
+
+
+def test_server_that_only_a_run_names_gets_no_pictures():
+    name = "http://judge.example/hpsv3"
+    rewards.check_trusted([name, "gold"], [name], "preset.json")
+    with pytest.raises(RequestError, match="would send pictures to judge.example.*--trust-rewards"):
+        rewards.check_trusted([name, "gold"], ["gold"], "preset.json")
 
 
 @pytest.mark.parametrize("name,short", [("aesthetic", "aesthetic"), ("a/b.py:f", "b.py:f"), ("http://h:1/v1/x", "x@h:1"), ("https://h/x", "x@h:443")])
@@ -433,6 +440,17 @@ def test_images_are_scored_one_request_at_a_time():
         for thread in threads:
             thread.join()
     assert found == {number: [number, number + 0.5] for number in range(6)}
+
+
+def test_server_in_the_documentation_serves(root):
+    text = (root / "docs/rewards.md").read_text()
+    example = text[text.index("This one is whole:") :].split("```python\n")[1].split("```")[0]
+    names = {"__name__": "example"}
+    exec(example, names)
+    with running(names["HTTPServer"](("127.0.0.1", 0), names["Handler"])) as place:
+        reward = rewards.load(f"{place}/brightness", Backbones())
+        assert reward.needs_prompt is False
+        assert reward.score(IMAGES, PROMPTS).tolist() == pytest.approx((IMAGES * 255).round().mean(dim=(1, 2, 3)).tolist(), rel=1e-5)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ def held_out_pairs():
 
 
 def test_all_weights_together_are_small():
-    assert sum(file.stat().st_size for file in ZOO.rglob("*") if file.is_file()) <= 12e6
+    assert sum(file.stat().st_size for file in ZOO.rglob("*") if file.is_file()) <= 15e6
 
 
 def test_weights_are_half_precision():
@@ -38,8 +38,8 @@ def test_weights_are_half_precision():
 
 def test_ledger_names_every_part():
     ledger = json.loads((ZOO / "build.json").read_text())
-    assert list(ledger) == ["clip", "vae", "unet", *REWARDS]
-    assert sum(part["cpu_seconds"] for part in ledger.values()) < 3600
+    assert list(ledger) == ["clip", "vae", "unet", *REWARDS, "flow"]
+    assert sum(part["cpu_seconds"] for part in ledger.values()) < 3600 + 3600  # an hour, and one for the flow model
 
 
 def test_tokenizer_has_one_token_per_word_and_needs_only_vocab_and_merges(pipeline):

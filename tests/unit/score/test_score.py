@@ -147,7 +147,7 @@ def test_every_format_is_the_same_grey(name, tmp_path):
     pixels = images.read(tmp_path / name)
     assert pixels.shape == (3, 7, 9) and pixels.dtype == torch.uint8
     assert (pixels.float() - 153).abs().max() <= 1
-    assert listing.find(tmp_path) == [name]
+    assert listing.find(tmp_path).names == [name]
 
 
 def test_transparent_palette_shows_white(tmp_path):
@@ -206,7 +206,7 @@ def test_prompts_from_text_files_and_png_chunks(folder, my):
 
 
 def test_prompts_file_by_line_and_by_name(folder, my, tmp_path):
-    names = listing.find(folder)
+    names = listing.find(folder).names
     (tmp_path / "a.txt").write_text("\n".join(f"line {i}" for i in range(12)) + "\n\n")
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"image": name, "text": f"for {name}"}) + "\n" for name in reversed(names)))
     (tmp_path / "c.csv").write_text("file_name,prompt\n" + "".join(f'{name},"a, b"\n' for name in names))

@@ -10,7 +10,7 @@ import torch
 from helpers import make_preset
 
 from tdpo_cli.errors import RequestError, WorkError
-from tdpo_cli.storage.run_dir import RunDir, damage, epoch_name, hash_file, next_free
+from tdpo_cli.storage.run_dir import RunDir, damage, epoch_name, hash_file
 
 
 @pytest.fixture
@@ -102,14 +102,6 @@ def test_every_start_adds_an_environment(run):
     run.add_environment({"micro_batch": 4})
     run.add_environment({"micro_batch": 8})
     assert run.read_environments() == [{"micro_batch": 4}, {"micro_batch": 8}]
-
-
-def test_next_free_counts_up_past_what_exists(tmp_path):
-    assert next_free(tmp_path, "quickstart") == tmp_path / "quickstart-0001"
-    (tmp_path / "quickstart-0001").mkdir()
-    (tmp_path / "quickstart-0002").write_text("a file is in the way too")
-    (tmp_path / "other-0003").mkdir()
-    assert next_free(tmp_path, "quickstart") == tmp_path / "quickstart-0003"
 
 
 # --- metrics ------------------------------------------------------------------------------------------------------------

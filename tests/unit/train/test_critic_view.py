@@ -87,8 +87,8 @@ def test_the_time_widens_the_first_layer_only_and_leaves_the_initial_spread():
     assert wide(torch.tensor([[*[0.0] * 7, 1.0, 0.25]])).item() == 0.5 * 1.25 * 512 * 64 * 32 * 8
 
 
-@pytest.mark.parametrize("name", ["tdpo", "tdpo-r", "ddpo"])
-@pytest.mark.parametrize("base", [SMALL | {"algorithm__critic_state": "x0"}, FLOW], ids=["ddim", "flow"])
+@pytest.mark.parametrize("name", ["tdpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tdpo-r", "ddpo"))])
+@pytest.mark.parametrize("base", [SMALL | {"algorithm__critic_state": "x0"}, pytest.param(FLOW, marks=pytest.mark.slow)], ids=["ddim", "flow"])
 def test_every_algorithm_trains_with_x0(name, base):
     job = start(base | {"algorithm__name": name, "algorithm__reset_every": 1, "algorithm__neuron_rows": 2})
     row = run_epoch(job, 0, Console(quiet=True))
@@ -139,6 +139,7 @@ def test_rgb_of_dependent_channels_is_the_smallest_map():
     assert torch.allclose(weight, torch.full((2, 3), 0.1, dtype=torch.float64), atol=1e-6) and bias.abs().max() < 1e-6
 
 
+@pytest.mark.slow
 def test_rgb_is_a_function_of_the_seed_and_shows_colours_like_the_decoder():
     settings = SMALL | {"algorithm__critic_view": "rgb", "rollout__steps": 8}
     one, other_plan, other_seed = start(settings), start(settings, batch=3), start(settings | {"run__seed": 7})
@@ -193,14 +194,14 @@ def test_a_view_that_cannot_be_is_refused(tmp_path):
 
 
 # --- resume -----------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("view", ["decode", "rgb"])
+@pytest.mark.parametrize("view", [pytest.param("decode", marks=pytest.mark.slow), "rgb"])
 def test_a_resumed_run_with_x0_equals_a_straight_one(tmp_path, view):
-    file = tiny.preset(tmp_path, algorithm__critic_state="x0", algorithm__critic_view=view)
+    file = tiny.preset(tmp_path, algorithm__critic_state="x0", algorithm__critic_view=view, run__epochs=2)
     straight, cut = tmp_path / "straight", tmp_path / "cut"
     assert tdpo("train", "--preset", file, "--out", straight).status == 0
     assert tdpo("train", "--preset", file, "--out", cut, "--epochs", 1).status == 0
     assert json.loads((cut / "preset.json").read_text())["algorithm"]["critic_state"] == "x0"
-    assert tdpo("train", "--resume", "--out", cut, "--epochs", 3).status == 0
+    assert tdpo("train", "--resume", "--out", cut, "--epochs", 2).status == 0
     assert tiny.outcome_of(cut) == tiny.outcome_of(straight)
 
 

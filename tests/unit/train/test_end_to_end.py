@@ -202,6 +202,7 @@ def test_ddpo_runs_without_a_critic(train):
     assert tiny.rows(run)[0]["policy_loss"] is not None
 
 
+@pytest.mark.slow
 def test_tdpo_equals_tdpo_r_until_the_first_reset(train, straight):
     run = train("tdpo", "--algorithm", "tdpo", "--set", "run.preview_images=0", "--set", "run.keep_last=1")
     assert tiny.rows(run)[0] == tiny.rows(straight)[0]
@@ -284,6 +285,7 @@ def test_the_closing_report_agrees_with_the_metrics(resumed):
 
 
 # --- training from a checkpoint -------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_training_may_start_from_a_checkpoint(train, straight):
     start = straight / "checkpoints/epoch_0001"
     run = train("continued", "--epochs", 1, "--set", f"model.start_from={start}", "--set", "run.preview_images=0")

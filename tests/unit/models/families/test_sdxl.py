@@ -1,5 +1,6 @@
 """SDXL: the pipeline's own images without noise, its conditions, folders of other kinds, and a VAE that overflows."""
 
+import itertools
 import json
 import shutil
 import sys
@@ -64,9 +65,16 @@ def ours_and_theirs(policy, steps, guidance, negative_prompt):
     return ours, theirs.images
 
 
-@pytest.mark.parametrize("variant", [1, 2])
-@pytest.mark.parametrize("resolution", [None, (64, 128), (72, 64)])  # 9 latents of 8 pixels: no multiple of what the UNet halves
-@pytest.mark.parametrize(("guidance", "negative"), [(5.0, ""), (5.0, "ugly"), (1.0, "")])
+# 9 latents of 8 pixels: no multiple of what the UNet halves
+CALLS = list(itertools.product((1, 2), (None, (64, 128), (72, 64)), ((5.0, ""), (5.0, "ugly"), (1.0, ""))))
+# each variant, size and guidance once
+QUICK_CALLS = [(1, None, (5.0, "ugly")), (2, (72, 64), (5.0, "")), (1, (64, 128), (1.0, ""))]
+
+
+@pytest.mark.parametrize(
+    ("variant", "resolution", "guidance", "negative"),
+    [pytest.param(*call[:2], *call[2], marks=() if call in QUICK_CALLS else pytest.mark.slow) for call in CALLS],
+)
 def test_sampling_without_noise_is_the_pipelines_call(pipelines, variant, resolution, guidance, negative):
     ours, theirs = ours_and_theirs(load(pipelines[variant], negative_prompt=negative, resolution=resolution), 4, guidance, negative)
     assert ours.std() > 0.05
@@ -206,6 +214,7 @@ def test_pipelines_that_change_images_are_sampled_and_not_trained(folder):
     [
         ("sdxl-turbo", "turbo"), ("SDXL-Lightning", "lightning"), ("DreamShaperXL_Turbo_v2", "turbo"), ("FLUX.1-schnell", "schnell"),
         ("lcm-sdxl", "lcm"), ("Hyper-SD", "hyper"), ("SDXLTurbo", "turbo"),
+        ("Z-Image-Turbo", "turbo"), ("Qwen-Image-Lightning", "lightning"), ("FLUX.2-klein-base-4B", None), ("Z-Image", None),
         ("hyperrealism-xl", None), ("stable-diffusion-xl-base-1.0", None), ("turbotext", None),
     ],
 )  # fmt: skip
@@ -303,8 +312,8 @@ def artists(pipelines, folder, kohya_names, text):
     return pipeline
 
 
-@pytest.mark.parametrize("kohya_names", [False, True], ids=["diffusers", "kohya"])
-@pytest.mark.parametrize("text", [False, True], ids=["unet", "with text encoders"])
+@pytest.mark.parametrize("kohya_names", [pytest.param(False, marks=pytest.mark.slow), True], ids=["diffusers", "kohya"])
+@pytest.mark.parametrize("text", [pytest.param(False, marks=pytest.mark.slow), True], ids=["unet", "with text encoders"])
 def test_artists_lora_is_where_training_starts(pipelines, tmp_path, kohya_names, text):
     theirs = artists(pipelines, tmp_path / "artist", kohya_names, text)
     start = {"start_from": str(tmp_path / "artist"), "lora_rank": 2}
@@ -333,7 +342,10 @@ def test_artists_lora_is_where_training_starts(pipelines, tmp_path, kohya_names,
     torch.testing.assert_close(again.encode(PROMPTS).parts["pooled"], policy.encode(PROMPTS).parts["pooled"], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("mark", "kind"), [("dora_scale", "DoRA"), ("hada_w1_a", "LoHa"), ("lokr_w1", "LoKr")])
+@pytest.mark.parametrize(
+    ("mark", "kind"),
+    [("dora_scale", "DoRA"), pytest.param("hada_w1_a", "LoHa", marks=pytest.mark.slow), pytest.param("lokr_w1", "LoKr", marks=pytest.mark.slow)],
+)
 def test_other_adapters_are_refused_by_name(pipelines, tmp_path, mark, kind):
     artists(pipelines, tmp_path, True, False)
     file = lora_file.find(tmp_path)

@@ -5,7 +5,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from peft import LoraConfig
 
-from tdpo_cli.sandbox.training.zero_tokens import merge_zeros
+from tdpo_cli.models.zero_tokens import merge_zeros
 
 TEXT_TOKENS = 5
 

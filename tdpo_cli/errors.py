@@ -17,6 +17,11 @@ class LostPeer(WorkError):
     """Another process of the run is gone or silent: a consequence, the cause lies with that process."""
 
 
+def described(error: BaseException) -> str:
+    """What went wrong inside something else: our own messages as they are, others with their kind."""
+    return str(error) if isinstance(error, WorkError) else f"{type(error).__name__}: {error}"
+
+
 def first_line(error: BaseException | None, otherwise: str | None = None) -> str:
     """What an error says first; `otherwise`, or the name of its kind, where it says nothing."""
     return (str(error).strip() or otherwise or type(error).__name__).splitlines()[0]

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from tdpo_cli import __version__
-from tdpo_cli.cli import cross_eval, doctor, export, presets, report, runs, sample, score, train
+from tdpo_cli.cli import cross_eval, doctor, export, presets, report, runs, sample, score, serve, train
 from tdpo_cli.console import printable
 from tdpo_cli.errors import RequestError, WorkError
 from tdpo_cli.machine import launch
@@ -27,6 +27,7 @@ app = typer.Typer(
 COMMANDS = {
     "train": train.train, "sample": sample.sample, "score": score.score, "cross-eval": cross_eval.cross_eval, "doctor": doctor.doctor,
     "presets": presets.list_or_show, "report": report.report, "runs": runs.runs, "export": export.export,
+    "serve": serve.serve,
 }  # fmt: skip
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)

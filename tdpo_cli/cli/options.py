@@ -18,7 +18,7 @@ CheckpointOption = Annotated[
 ]
 GpusOption = Annotated[Optional[int], typer.Option(min=1, metavar="N", help="One worker on each of N GPUs. The result stays the same.")]
 ProcessesOption = Annotated[Optional[int], typer.Option(min=1, metavar="N", help="N workers on the CPU. The result stays the same.")]
-TrustOption = Annotated[bool, typer.Option("--trust-rewards", help="Run the Python that a run's own preset.json names as a reward.")]
+TrustOption = Annotated[bool, typer.Option("--trust-rewards", help="Use the Python and the servers that a run's own preset.json names as rewards.")]
 ZooOption = Annotated[Optional[str], typer.Option("--zoo", metavar="sandbox", help="Take reward checkpoints from the embedded set.")]
 
 

@@ -1,4 +1,4 @@
-"""What can go wrong, by who can mend it: the request (exit status 2) or the work itself (exit status 1)."""
+"""What can go wrong, by who can repair it: the request (exit status 2) or the work itself (exit status 1)."""
 
 
 class RequestError(ValueError):

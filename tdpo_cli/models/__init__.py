@@ -158,7 +158,7 @@ def _index_file(source: str, revision: str | None) -> Path:
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             raise RequestError(
-                f"{folder}: no model_index.json there, so it is no diffusers model folder. Give the folder that holds it (beside unet/, vae/, ...)."
+                f"{folder}: no model_index.json there, so it is not a diffusers model folder. Give the folder that holds it."
             )
         return folder / "model_index.json"
     if folder.is_file():

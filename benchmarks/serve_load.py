@@ -99,8 +99,11 @@ def main() -> int:
     after_first = [mib for rows, mib in memory if rows > (killed[-1] if killed else 0) + 500] or [float("nan")]
     print(json.dumps({
         "reward": arguments.reward, "clients": arguments.clients, "rows": clients.rows, "wanted": requests * BATCH, "wrong": clients.wrong,
-        "failures": clients.failures, "killed_after_rows": killed, "seconds": round(seconds, 1), "images_per_second": round(clients.rows / seconds, 1),
-        "server_mib": {"after 500 images": round(after_first[0], 1), "highest": round(max(after_first), 1), "last": round(after_first[-1], 1)},
+        "failures": clients.failures, "killed_after_rows": killed, "seconds": round(seconds, 1),
+        "images_per_second": round(clients.rows / seconds, 1),
+        "server_mib": {
+            "after 500 images": round(after_first[0], 1), "highest": round(max(after_first), 1), "last": round(after_first[-1], 1),
+        },
         "exit_status": status,
     }))  # fmt: skip
     return int(bool(clients.failures) or clients.wrong > 0 or clients.rows != requests * BATCH)

@@ -13,7 +13,7 @@ from tdpo_cli.console import Console
 
 
 def doctor(
-    preset: Annotated[Optional[str], typer.Option(metavar="NAME|FILE.toml", help="Whether this could run here [default: quickstart].")] = None,
+    preset: Annotated[Optional[str], typer.Option(metavar="NAME|FILE.toml", help="Whether this could run here (default: quickstart).")] = None,
     json_: options.JsonFlag = False,
     quiet: options.QuietFlag = False,
 ) -> None:

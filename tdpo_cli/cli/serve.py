@@ -19,7 +19,7 @@ def serve(
     variant: Annotated[str, typer.Option(metavar="tdpo|package", help="As the official TDPO, or as each reward's own package.")] = "tdpo",
     checkpoint: options.CheckpointOption = None,
     zoo: options.ZooOption = None,
-    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, ... [default: a GPU where there is one]")] = None,
+    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")] = None,
     max_mib: Annotated[int, typer.Option(min=1, max=4096, help="Pixels in one request, in MiB.")] = 64,
     json_: options.JsonFlag = False,
     quiet: options.QuietFlag = False,

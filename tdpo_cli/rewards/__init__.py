@@ -71,7 +71,10 @@ def check_name(name: str) -> None:
         return
     close = difflib.get_close_matches(name.lower(), _REWARDS, n=1, cutoff=0.4)
     suggestion = f" Did you mean {close[0]}?" if close else ""
-    raise RewardError(f"unknown reward {name!r}.{suggestion} Built in: {', '.join(_REWARDS)}; your own: module:function or path/file.py:function; a server: http://HOST:PORT/PATH.")
+    raise RewardError(
+        f"unknown reward {name!r}.{suggestion} Built in: {', '.join(_REWARDS)}; your own: module:function or path/file.py:function; "
+        "a server: http://HOST:PORT/PATH."
+    )
 
 
 def short_name(name: str) -> str:

@@ -20,7 +20,7 @@ from tdpo_cli.errors import RewardError
 from tdpo_cli.rewards import files, packaged
 from tdpo_cli.rewards.backbones import Backbones
 
-_QUOTED = re.compile(r'"([^"]*)"|\u201c([^\u201d]*)\u201d')  # straight or curly double quotes; an apostrophe is no quote
+_QUOTED = re.compile(r'"([^"]*)"|\u201c([^\u201d]*)\u201d')  # straight or curly double quotes; an apostrophe is not a quote
 
 
 class Ocr:
@@ -66,7 +66,9 @@ def quoted(prompt: str) -> str:
     match = _QUOTED.search(prompt)
     text = next(filter(None, match.groups()), "") if match else ""
     if not _plain(text):
-        raise RewardError(f'the reward ocr compares the image with the text in double quotes in its prompt, and this prompt has none: "{prompt[:200]}"')
+        raise RewardError(
+            f'the reward ocr compares the image with the text in double quotes in its prompt, and this prompt has none: "{prompt[:200]}"'
+        )
     return text
 
 

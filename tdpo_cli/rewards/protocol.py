@@ -56,11 +56,11 @@ def address(name: str) -> Address:
         parts = urlsplit(name)
         port = parts.port
     except ValueError as error:
-        raise RewardError(f"reward {name!r} is no address of a reward server ({error}): {expected}") from None
+        raise RewardError(f"reward {name!r} is not the address of a reward server ({error}): {expected}") from None
     if parts.username is not None or parts.password is not None:
         raise RewardError(f"a reward's address holds no user or password, as it is written into files: {expected}")
     if not _HOST.fullmatch(parts.hostname or "") or not _PATH.fullmatch(parts.path) or parts.query or parts.fragment:
-        raise RewardError(f"reward {name!r} is no address of a reward server: {expected}")
+        raise RewardError(f"reward {name!r} is not the address of a reward server: {expected}")
     secure = parts.scheme.lower() == "https"
     return Address(name, secure, parts.hostname, port or (443 if secure else 80), parts.path)
 
@@ -120,7 +120,7 @@ def _read_png(pictures: dict[str, Any], max_bytes: int) -> np.ndarray:
         except BadMessage:
             raise
         except Exception as error:  # Pillow raises many kinds on damaged files
-            raise BadMessage(f"images.data: image {len(arrays)} is no readable PNG file ({error})") from None
+            raise BadMessage(f"images.data: image {len(arrays)} is not a readable PNG file ({error})") from None
     return np.stack(arrays)
 
 
@@ -139,7 +139,7 @@ def read_answer(body: bytes, count: int) -> tuple[list[float], str]:
     if len(scores) != count:
         raise BadMessage(f"the answer has {len(scores)} scores for {count} images")
     for score in scores:
-        if score is not None and (type(score) not in (int, float) or not abs(score) <= 3e38):  # float32's range; a NaN is no JSON
+        if score is not None and (type(score) not in (int, float) or not abs(score) <= 3e38):  # float32's range; a NaN is not JSON
             raise BadMessage(f"the answer has a score that is neither null nor a number of float32's range: {str(score)[:60]}")
     return [math.nan if score is None else float(score) for score in scores], _version(content)
 
@@ -164,9 +164,9 @@ def _object(body: bytes) -> dict[str, Any]:
     try:
         content = json.loads(body)
     except (ValueError, RecursionError):
-        raise BadMessage("this is no JSON") from None
+        raise BadMessage("this is not JSON") from None
     if not isinstance(content, dict):
-        raise BadMessage("this is no JSON object")
+        raise BadMessage("this is not a JSON object")
     if content.get("protocol") != PROTOCOL:
         raise BadMessage(f"protocol is {str(content.get('protocol'))[:60]!r}, expected {PROTOCOL!r}")
     return content

@@ -153,7 +153,7 @@ def _connection(address: Address, timeout: float) -> http.client.HTTPConnection:
 
 
 def _words(answer: bytes) -> str:
-    """What an answer that is no answer says, on one line without control characters."""
+    """What a wrong answer says, on one line without control characters."""
     try:
         said = json.loads(answer)["error"]
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -144,7 +144,7 @@ class Server(ThreadingHTTPServer):
             self.connections.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Report faults of the server; a client that went away is no news."""
+        """Report faults of the server; a client that went away is not reported."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handle_error(request, client_address)
 

@@ -67,4 +67,6 @@ def show(summary: dict[str, dict[str, Any]], console: Console) -> None:
     console.table(columns, rows)
     for name, one in summary.items():
         for end in ("best", "worst"):
-            console.say(f"{end} {short_name(name)}: " + (", ".join(f"{entry['image']} ({significant(entry['score'], 4)})" for entry in one[end]) or "-"))
+            console.say(
+                f"{end} {short_name(name)}: " + (", ".join(f"{entry['image']} ({significant(entry['score'], 4)})" for entry in one[end]) or "-")
+            )

@@ -89,7 +89,8 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("command", OPTIONS)
-def test_every_option_of_the_contract_is_there(command):
+def test_every_option_of_the_contract_is_there(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     shown = tdpo(command, "--help").out
     assert [option for option in OPTIONS[command].split() if option not in shown] == []
 

@@ -33,7 +33,9 @@ def test_prompt_without_quoted_text_is_refused_by_name(prompt):
     assert prompt in str(caught.value)
 
 
-@pytest.mark.parametrize("a,b,distance", [("", "", 0), ("abc", "", 3), ("", "ab", 2), ("kitten", "sitting", 3), ("flaw", "lawn", 2), ("abc", "abc", 0)])
+@pytest.mark.parametrize(
+    "a,b,distance", [("", "", 0), ("abc", "", 3), ("", "ab", 2), ("kitten", "sitting", 3), ("flaw", "lawn", 2), ("abc", "abc", 0)]
+)
 def test_edits_are_levenshtein_s(a, b, distance):
     assert ocr.edits(a, b) == ocr.edits(b, a) == distance
 
@@ -170,5 +172,7 @@ def test_safety_sees_what_the_package_sees_in_a_file(detector, tmp_path):
 
 @pytest.mark.parametrize("reward", ["ocr", "safety"])
 def test_names_are_known_without_importing_the_packages(reward):
-    code = f"import sys; from tdpo_cli import rewards; rewards.needs_prompt('{reward}'); assert not {{'rapidocr', 'nudenet', 'cv2'}} & set(sys.modules)"
+    code = (
+        f"import sys; from tdpo_cli import rewards; rewards.needs_prompt('{reward}'); assert not {{'rapidocr', 'nudenet', 'cv2'}} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

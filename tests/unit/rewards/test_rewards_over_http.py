@@ -43,7 +43,9 @@ def running(server):
 
 
 def offering(*own, max_body=protocol.MAX_BODY):
-    offered = [serve.Offer("/" + reward.name.rpartition(":")[2], reward) for reward in own] or serve.offers(["jpeg-compressibility"], "cpu", {}, "tdpo")
+    offered = [serve.Offer("/" + reward.name.rpartition(":")[2], reward) for reward in own] or serve.offers(
+        ["jpeg-compressibility"], "cpu", {}, "tdpo"
+    )
     return serve.Server(("127.0.0.1", 0), offered, max_body)
 
 
@@ -210,7 +212,9 @@ def answer(**changes):
     return {"protocol": protocol.PROTOCOL, "version": "v1", "scores": [1, 2, 3, 4, 5], **changes}
 
 
-@pytest.mark.parametrize("fault", ["drop", "hang", "half", (503, {"error": "starting"}), (429, {}), (500, {"error": "once"}), (200, b"{"), (200, b"")])
+@pytest.mark.parametrize(
+    "fault", ["drop", "hang", "half", (503, {"error": "starting"}), (429, {}), (500, {"error": "once"}), (200, b"{"), (200, b"")]
+)
 def test_question_is_asked_again_after_a_passing_fault(misbehaving, fault):
     misbehaving.script = [fault, fault]
     found = rewards.load(f"{misbehaving.place}/judge", Backbones()).score(IMAGES, PROMPTS)
@@ -231,7 +235,7 @@ def test_question_is_asked_again_after_a_passing_fault(misbehaving, fault):
         (answer(protocol="other/9"), "protocol is 'other/9', expected 'tdpo-reward/1'"),
         (answer(version=None), "version: expected a text"),
         ([1, 2, 3, 4, 5], "no JSON object"),
-        (b"<html>", "this is no JSON"),
+        (b"<html>", "this is not JSON"),
     ],
 )
 def test_wrong_answer_gives_no_row_but_one_message_after_three_attempts(misbehaving, wrong, message):
@@ -243,7 +247,9 @@ def test_wrong_answer_gives_no_row_but_one_message_after_three_attempts(misbehav
     assert misbehaving.asked == remote.BAD_ANSWERS
 
 
-@pytest.mark.parametrize("fault,message", [("drop", "no answer"), ("hang", "no answer within 0.3 s"), ((503, {"error": "busy"}), r"failed \(503\): busy")])
+@pytest.mark.parametrize(
+    "fault,message", [("drop", "no answer"), ("hang", "no answer within 0.3 s"), ((503, {"error": "busy"}), r"failed \(503\): busy")]
+)
 def test_server_that_stays_away_ends_the_work_when_patience_does(misbehaving, fault, message, monkeypatch):
     monkeypatch.setenv("TDPO_REWARD_PATIENCE", "0.5")
     misbehaving.script = [fault] * 1000

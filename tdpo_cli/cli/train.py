@@ -194,10 +194,16 @@ def _dry_run(preset: presets.Preset, as_json: bool) -> None:
         "flops_per_epoch": footprint.epoch_flops(preset),
         "per_device": shares,
     }
+    guessed = footprint.guessed(preset)
+    if guessed:  # no number is better than one of another model
+        facts |= {"peak_memory_bytes": None, "flops_per_epoch": None}
+        for share in shares.values():
+            share["peak_memory_bytes"] = None
     if as_json:
         return print(json.dumps(facts))
-    share = "{samples} samples an epoch, {samples_per_optimizer_step} of each optimizer step, about {memory} of memory"
-    shown = {count: share.format(**numbers, memory=size(numbers["peak_memory_bytes"])) for count, numbers in shares.items()}
+    share = "{samples} samples an epoch, {samples_per_optimizer_step} of each optimizer step, {memory}"
+    about = lambda count: "memory unknown until downloaded" if count is None else f"about {size(count)} of memory"
+    shown = {count: share.format(**numbers, memory=about(numbers["peak_memory_bytes"])) for count, numbers in shares.items()}
     Console().pairs(
         [
             ("model", preset.model.base),
@@ -213,7 +219,7 @@ def _dry_run(preset: presets.Preset, as_json: bool) -> None:
             ("reward queries", f"{preset.reward_queries:,}"),
             ("on 1 device", shown[1]),
             ("on each of 8", shown[8]),
-            ("computation", _computation(facts["flops_per_epoch"])),
+            ("computation", "unknown until downloaded" if guessed else _computation(facts["flops_per_epoch"])),
             ("memory", f"a prediction, with {plan}; the plan is chosen from free memory and never changes the result"),
         ],
         title="dry run: nothing is written",

@@ -120,7 +120,7 @@ def _read_png(pictures: dict[str, Any], max_bytes: int) -> np.ndarray:
         except BadMessage:
             raise
         except Exception as error:  # Pillow raises many kinds on damaged files
-            raise BadMessage(f"images.data: image {len(arrays)} is not a readable PNG file ({error})") from None
+            raise BadMessage(f"images.data: image {len(arrays)} is not a readable PNG file ({type(error).__name__})") from None
     return np.stack(arrays)
 
 

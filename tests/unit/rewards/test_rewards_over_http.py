@@ -234,7 +234,7 @@ def test_question_is_asked_again_after_a_passing_fault(misbehaving, fault):
         (answer(scores={"0": 1}), "no list called scores"),
         (answer(protocol="other/9"), "protocol is 'other/9', expected 'tdpo-reward/1'"),
         (answer(version=None), "version: expected a text"),
-        ([1, 2, 3, 4, 5], "no JSON object"),
+        ([1, 2, 3, 4, 5], "not a JSON object"),
         (b"<html>", "this is not JSON"),
     ],
 )
@@ -346,9 +346,9 @@ def place():
 @pytest.mark.parametrize(
     "body,seen",
     [
-        (b"", "no JSON"),
-        (b"[" * 5000, "no JSON"),
-        (b"\xff\xfe", "no JSON"),
+        (b"", "not JSON"),
+        (b"[" * 5000, "not JSON"),
+        (b"\xff\xfe", "not JSON"),
         (question(RAW, protocol="other"), "protocol is 'other'"),
         (question(RAW, prompts=["a", "b"]), "1 images but 2 prompts"),
         (question(RAW, prompts=[3]), "prompts: expected"),
@@ -360,8 +360,8 @@ def place():
         (question({**RAW, "data": "!!!!"}), "expected base64"),
         (question({**RAW, "data": None}), "expected base64"),
         (question({"encoding": "png", "data": []}), "a list of PNG files"),
-        (question({"encoding": "png", "data": [base64.b64encode(b"GIF89a").decode()]}), "no readable PNG"),
-        (question({"encoding": "png", "data": [png(8, 8)[:40]]}), "no readable PNG|base64"),
+        (question({"encoding": "png", "data": [base64.b64encode(b"GIF89a").decode()]}), "not a readable PNG"),
+        (question({"encoding": "png", "data": [png(8, 8)[:40]]}), "not a readable PNG|base64"),
         (question({"encoding": "png", "data": [png(101, 100)]}), "more than the 30,000 bytes allowed"),  # a bomb: small as a file
         (question({"encoding": "png", "data": [png(8, 8), png(8, 9)]}, prompts=["a", "b"]), "one size"),
     ],

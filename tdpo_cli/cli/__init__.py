@@ -34,7 +34,7 @@ EXAMPLES = {
     "sample": ['tdpo sample RUN "a red fox" --per-prompt 8', "tdpo sample base prompts.txt --preset quickstart"],
     "score": ["tdpo score FOLDER --rewards all", "tdpo score FOLDER --rewards hpsv2 --prompts prompts.txt --out scores.csv"],
     "cross-eval": ["tdpo cross-eval RUN --per-prompt 4", "tdpo cross-eval RUN OTHER_RUN"],
-    "doctor": ["tdpo doctor --preset hpsv2"],
+    "doctor": ["tdpo doctor --preset hpsv2", "tdpo doctor --preset hpsv2 --fetch"],
     "presets": ["tdpo presets hpsv2", "tdpo presets --keys"],
     "report": ["tdpo report RUN", "tdpo report RUN OTHER_RUN --out comparison.html"],
     "runs": ["tdpo runs", "tdpo runs /shared/runs --json"],

@@ -87,6 +87,9 @@ def bound(column: str, row: Mapping[str, Any], preset: Preset) -> float:
     if column.startswith("rewards/"):
         name = column.rsplit("/", 1)[0]
         return before * row[f"{name}/std"] + PREDICTION * abs(row[f"{name}/mean"])
+    if column.startswith("constraints/"):  # in standard deviations of epoch 0; a multiplier adds up a tenth of it per epoch
+        name = f"rewards/{column.split('/')[1]}"
+        return WORST * (before + PREDICTION * abs(row[f"{name}/mean"]) / row[f"{name}/std"])
     bounds = {
         # a mean of advantages (of size 1, of both signs) times ratios
         "policy_loss": WORST * log_ratio / math.sqrt(pairs),

@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 from flow_models import SD3
+from helpers import tdpo
 from tiny import preset as tiny_preset
 
-from tdpo_cli.cli import main
 from tdpo_cli.config import preset as presets
 from tdpo_cli.config.preset import Model
 from tdpo_cli.errors import RequestError
@@ -18,7 +18,8 @@ from tdpo_cli.models import loading, quantise
 from tdpo_cli.randomness import Randomness
 
 SMALL_FLOW = {
-    "model__base": str(SD3), "model__resolution": 32, "rollout__steps": 3, "rollout__guidance_scale": 2.0, "algorithm__name": "ddpo", "run__epochs": 2,
+    "model__base": str(SD3), "model__resolution": 32, "rollout__steps": 3, "rollout__guidance_scale": 2.0, "algorithm__name": "ddpo",
+    "run__epochs": 2,
 }  # fmt: skip
 
 
@@ -44,14 +45,14 @@ def test_sharding_by_itself_refuses_a_quantised_network():
 
 
 @pytest.mark.parametrize(("kind", "package"), quantise.PACKAGES.items())
-def test_a_missing_package_is_named_before_anything_is_written(kind, package, tmp_path, monkeypatch, capsys):
+def test_a_missing_package_is_named_before_anything_is_written(kind, package, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     run = tmp_path / "run"
-    arguments = ["train", "--preset", str(tiny_preset(tmp_path)), "--set", f"model.quantise={kind}", "--out", str(run)]
-    assert main(arguments) == 2
-    assert f"model.quantise {kind} needs {package}: pip install 'tdpo[{kind}]'" in " ".join(capsys.readouterr().err.split())
+    arguments = ["train", "--preset", tiny_preset(tmp_path), "--set", f"model.quantise={kind}", "--out", run]
+    refused = tdpo(*arguments)
+    assert refused.status == 2 and f"model.quantise {kind} needs {package}: pip install 'tdpo[{kind}]'" in " ".join(refused.err.split())
     assert not run.exists()
-    assert main([*arguments, "--dry-run"]) == 0  # which speaks of another machine
+    assert tdpo(*arguments, "--dry-run").status == 0  # which may speak of another machine
 
 
 def test_nf4_on_a_cpu_is_refused():
@@ -98,11 +99,10 @@ needs_bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes")
 
 
 def image(policy):
-    policy.set_schedule(4)
-    texts = policy.encode(["a red circle"], 1.0)
+    shown, texts, row = policy.scheduled(4, 0.0), policy.encode(["a red circle"]), torch.zeros(1, dtype=torch.long)
     x = torch.randn(1, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
     for step in range(4):
-        x = policy.transition(x, step, texts, 1.0).mean
+        x = shown.transition(x, row + step, texts, row, 1.0).mean
     return policy.decode(x)
 
 
@@ -120,9 +120,12 @@ def test_int8_images_are_close_to_fp32(base):
 @pytest.mark.slow
 def test_int8_trains_a_lora_that_the_unquantised_base_loads(tmp_path):
     run, file = tmp_path / "run", tiny_preset(tmp_path, model__quantise="int8", **SMALL_FLOW)
-    assert main(["train", "--preset", str(file), "--out", str(run), "--quiet"]) == 0
+    trained = tdpo("train", "--preset", file, "--out", run, "--quiet")
+    assert trained.status == 0, trained.err
     last = sorted((run / "checkpoints").iterdir())[-1]
-    policies = [loading.load(Model(base=str(SD3), resolution=(32, 32), quantise=kind, start_from=str(last)), trainable=False) for kind in (None, "int8")]
+    policies = [
+        loading.load(Model(base=str(SD3), resolution=(32, 32), quantise=kind, start_from=str(last)), trainable=False) for kind in (None, "int8")
+    ]
     loaded = [{name: p for name, p in policy.family.network.named_parameters() if "lora_" in name} for policy in policies]
     assert loaded[0].keys() == loaded[1].keys() and all(p.dtype == torch.float32 for p in loaded[1].values())
     assert all(torch.equal(p, loaded[1][name]) for name, p in loaded[0].items())
@@ -156,6 +159,7 @@ def test_nf4_is_what_both_libraries_are_asked_for():
 @pytest.mark.gpu
 def test_nf4_on_a_gpu(tmp_path):
     run, file = tmp_path / "run", tiny_preset(tmp_path, model__quantise="nf4", **SMALL_FLOW)
-    assert main(["train", "--preset", str(file), "--set", "model.dtype=bf16", "--out", str(run), "--quiet"]) == 0
+    trained = tdpo("train", "--preset", file, "--set", "model.dtype=bf16", "--out", run, "--quiet")
+    assert trained.status == 0, trained.err
     last = sorted((run / "checkpoints").iterdir())[-1]
     loading.load(Model(base=str(SD3), resolution=(32, 32), start_from=str(last)), trainable=False)

@@ -156,6 +156,28 @@ def test_nf4_is_what_both_libraries_are_asked_for():
 
 
 @needs_bitsandbytes
+@pytest.mark.slow
+def test_nf4_samples_and_gives_gradients(monkeypatch):
+    """By bitsandbytes' CPU kernels, past diffusers' check for a GPU."""
+    from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer
+
+    monkeypatch.setattr(BnB4BitDiffusersQuantizer, "validate_environment", lambda *_, **__: None)
+    monkeypatch.setattr(BnB4BitDiffusersQuantizer, "update_device_map", lambda *_: {"": "cpu"})
+    monkeypatch.setattr(quantise, "check", lambda *_: None)
+    plain, small = (loading.load(Model(base=str(SD3), quantise=kind, lora_rank=2), randomness=Randomness(0)) for kind in (None, "nf4"))
+    for network in (small.family.network, small.family.pipeline.text_encoder_3):
+        assert "Params4bit" in {type(parameter).__name__ for parameter in network.parameters()}
+    assert {parameter.dtype for parameter in small.trainable.values()} == {torch.float32}
+    with torch.inference_mode():
+        pictures = [image(policy) for policy in (plain, small)]
+    assert 0 < float((pictures[0] - pictures[1]).abs().mean() / pictures[0].std()) < 0.5
+    small.set_schedule(4)
+    row = torch.zeros(1, dtype=torch.long)
+    small.transition(torch.randn(1, *small.latent_shape), row + 1, small.encode(["a red circle"]), row, 1.0).mean.square().sum().backward()
+    assert sum(float(parameter.grad.abs().sum()) for parameter in small.trainable.values()) > 0
+
+
+@needs_bitsandbytes
 @pytest.mark.gpu
 def test_nf4_on_a_gpu(tmp_path):
     run, file = tmp_path / "run", tiny_preset(tmp_path, model__quantise="nf4", **SMALL_FLOW)

@@ -300,7 +300,7 @@ def test_other_errors_are_no_memory_errors():
 
 # --- anything at all --------------------------------------------------------------------------------------------------------
 def calm(examples):
-    """The same examples every time, without the slow tests a fifth of them; a slow machine is no failure."""
+    """The same examples every time, without the slow tests a fifth of them; a slow machine is not a failure."""
     count = examples if helpers.thorough else examples // 5
     return settings(max_examples=count, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 

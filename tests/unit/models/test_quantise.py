@@ -52,7 +52,7 @@ def test_a_missing_package_is_named_before_anything_is_written(kind, package, tm
     refused = tdpo(*arguments)
     assert refused.status == 2 and f"model.quantise {kind} needs {package}: pip install 'tdpo[{kind}]'" in " ".join(refused.err.split())
     assert not run.exists()
-    assert tdpo(*arguments, "--dry-run").status == 0  # which may speak of another machine
+    assert tdpo(*arguments, "--dry-run").status == 0  # which may be for another machine
 
 
 def test_nf4_on_a_cpu_is_refused():

@@ -475,7 +475,7 @@ def _row_problem(row: Any, before: Sequence[dict[str, Any]], columns: Sequence[s
         return f"{named(lost)} is missing"
     for name, value in row.items():
         for number in value if isinstance(value, list) else (value,):
-            if isinstance(number, (int, float)) and not abs(number) < LARGEST:
+            if isinstance(number, (int, float)) and abs(number) >= LARGEST:  # NaN is read, as a missing value
                 return f"{named(name)} is out of range"
             if not isinstance(number, (int, float, type(None))):
                 return f"{named(name)} is not a number"

@@ -648,7 +648,7 @@ def test_a_damaged_line_is_named_and_no_page_is_written(tmp_path):
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text(lines[0] + "{broken\n" + lines[2])
     outcome = tdpo("report", folder)
-    assert outcome.status == 1 and "metrics.jsonl: line 2 is damaged" in outcome.err
+    assert outcome.status == 2 and "metrics.jsonl: line 2 is damaged" in outcome.err
     assert not (folder / "report.html").exists()
 
 

@@ -72,7 +72,7 @@ def embedded_networks_are_read_once():
     parts, networks = {}, {}  # as they were read; nobody but copy.deepcopy sees these
 
     def read_or_copied(cls, source, subfolder, revision, **options):
-        if source != str(ZOO / "pipeline"):
+        if source != str(ZOO / "pipeline") or "quantization_config" in options:
             return component(cls, source, subfolder, revision, **options)
         key = (cls, subfolder, revision, *sorted(options.items()))
         if key not in parts:

@@ -86,6 +86,6 @@ def prepare_libraries() -> None:
     import logging
     import warnings
 
-    for library in ("transformers", "diffusers", "bitsandbytes", "peft"):
+    for library in ("transformers", "diffusers", "bitsandbytes", "peft", "torch.utils._pytree"):  # the last warns when torchao is imported
         logging.getLogger(library).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")

@@ -16,6 +16,7 @@ from tdpo_cli.config import prompts
 from tdpo_cli.console import Console, significant, size
 from tdpo_cli.errors import RequestError
 from tdpo_cli.machine import launch
+from tdpo_cli.models import quantise
 from tdpo_cli.sandbox import is_embedded
 from tdpo_cli.storage import claims
 from tdpo_cli.storage.run_dir import RunDir
@@ -97,6 +98,7 @@ def train(
     if dry_run:
         return _dry_run(resolved, json_)
     workers = Workers.of(gpus, processes)
+    quantise.check(resolved.model.quantise, workers.device)
     with claims.given_or_new(out, Path("runs"), Path(preset or "quickstart").stem, take=launch.is_main()) as folder:
         if launch.is_main() and not resume:
             RunDir(folder).must_be_free()

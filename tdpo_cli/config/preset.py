@@ -43,6 +43,9 @@ class Model:
     tiny_vae: str | None = knob(None, "the AutoencoderTiny of algorithm.critic_view tiny: a folder or hub id made for this model's latents")
     allow_distilled: bool = knob(False, "train a model that was distilled to few steps all the same")
     dtype: Literal["fp32", "fp16", "bf16"] = knob("fp16", "of the networks on a GPU; a CPU computes in fp32")
+    quantise: Literal["nf4", "int8"] | None = knob(
+        None, "frozen weights of the denoiser, T5 and Qwen in 4 bits (a GPU and the extra `nf4`) or 8 bits (the extra `int8`); the LoRA stays fp32"
+    )
     resolution: tuple[int, int] | None = knob(None, "pixels: a number, or [height, width]; default the model's own", at_least=8)
     drop_t5: bool = knob(False, "Stable Diffusion 3: leave out its third text encoder, T5, which needs the most memory")
     tf32: bool = knob(True, "allow TF32 matrix products on a GPU")
@@ -542,7 +545,26 @@ def check(preset: Preset, where: str) -> Preset:
     if twice:
         raise SettingError(f"{where}: reward {min(twice)!r} is named twice in reward.train and reward.watch.")
     _check_several(preset, where)
+    _check_quantised(preset, where)
     return preset
+
+
+def _check_quantised(preset: Preset, where: str) -> None:
+    """Quantised weights are frozen: something else must train, and be the difference to the reference."""
+    kind = preset.model.quantise
+    if kind is None:
+        return
+    if preset.model.lora_rank == 0:
+        also = f" update.kl_coef {preset.update.kl_coef:g} needs it too: the base without its LoRA is the reference." if preset.update.kl_coef else ""
+        raise SettingError(
+            f"{where}: model.quantise {kind} freezes the network, and model.lora_rank 0 trains all of it. Train a LoRA: "
+            f"--set model.lora_rank=4, or --set model.quantise=none.{also}"
+        )
+    if preset.run.shard == "on":
+        raise SettingError(
+            f"{where}: run.shard on splits the weights that model.quantise {kind} packs, which was never tested. A quantised network is a quarter "
+            "or half as large: --set run.shard=off, or --set model.quantise=none."
+        )
 
 
 def _check_several(preset: Preset, where: str) -> None:

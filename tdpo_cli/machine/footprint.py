@@ -54,6 +54,9 @@ SCORER_IMAGE_BYTES = 25e6  # activations of one image in a ViT-L or ViT-H, fp32
 CRITIC_BYTES = 4 * 4 * 1.2e6  # weights, gradients and Adam's two moments
 LIBRARIES = 0.83 * GiB  # a process with its libraries loaded, before any network (docs/performance.md)
 CPU_COPIES = 2.0  # on a CPU: oneDNN's reordered copies and the allocator's gaps, measured there too
+# of a quantised weight, by model.quantise; nf4 adds a number in fp32 for every 64
+QUANTISED_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0}
+LARGE_TEXT = 1e9  # weights of a text encoder that is quantised too: T5 and Qwen have more, CLIP has fewer
 CUDA_CONTEXT = 0.6 * GiB  # kernels and the libraries' workspaces on a GPU
 
 # kept for the backward pass, per element of a feature map, in numbers of the compute type
@@ -87,6 +90,7 @@ class Networks:
     forward_flops: float
     decode_flops: float
     adapter_per_rank: float  # LoRA's weights
+    convolutions: float  # weights of the denoiser that no quantiser takes
     guides_by_input: bool  # the guidance scale is an input: one call, not two
     pixels: int
     vae_channels: int  # at full resolution
@@ -162,7 +166,7 @@ def counted(unet: dict[str, Any], vae: dict[str, Any], parameters: dict[str, flo
     height, width = _sides(unet["sample_size"])
     channels, layers, area = list(unet["block_out_channels"]), unet["layers_per_block"], height * width
     layers = layers if isinstance(layers, int) else max(layers)
-    resnet = transformer = largest = flops = 0
+    resnet = transformer = largest = flops = convolutions = 0
     ends = 0.0
     depths = unet.get("transformer_layers_per_block") or 1
     depths = [depths] * len(channels) if isinstance(depths, int) else list(depths)
@@ -170,13 +174,15 @@ def counted(unet: dict[str, Any], vae: dict[str, Any], parameters: dict[str, flo
     before, skips, held = channels[0], [channels[0]], channels[0] * area
 
     def block(entering: int, leaving: int, depth: int) -> None:
-        nonlocal resnet, transformer, largest, ends, flops
+        nonlocal resnet, transformer, largest, ends, flops, convolutions
         attends = depth > 0
         resnet += (entering + leaving) * area
         transformer += leaving * area * depth
         ends += leaving * area * linear if attends else 0
         largest = max(largest, leaving * area if attends else 0)
-        flops += 2 * area * (9 * leaving * (entering + leaving) + (entering != leaving) * entering * leaving)
+        resnet_weights = 9 * leaving * (entering + leaving) + (entering != leaving) * entering * leaving
+        convolutions += resnet_weights + (0 if unet.get("use_linear_projection") else attends * 2 * leaving**2)
+        flops += 2 * area * resnet_weights
         # self-attention, cross-attention, a gated feed-forward; the projections at a transformer's ends
         flops += 2 * area * (depth * (18 * leaving**2 + 2 * leaving * (area + CLIP_TOKENS)) + attends * 2 * leaving**2)
 
@@ -189,6 +195,7 @@ def counted(unet: dict[str, Any], vae: dict[str, Any], parameters: dict[str, flo
         if level < len(channels) - 1:
             area //= 4
             flops += 2 * area * 9 * width_**2
+            convolutions += 9 * width_**2
             skips.append(width_)
             held += width_ * area
     block(before, before, depths[-1])
@@ -200,6 +207,7 @@ def counted(unet: dict[str, Any], vae: dict[str, Any], parameters: dict[str, flo
         if level < len(channels) - 1:
             area *= 4
             flops += 2 * area * 9 * width_**2
+            convolutions += 9 * width_**2
     per_rank, published = (SDXL_ADAPTER_PER_RANK, SDXL_PARAMETERS) if "text_encoder_2" in parameters else (ADAPTER_PER_RANK, SD1_PARAMETERS)
     block_bytes = max(21 * largest, 8 * channels[0] * height * width)
     return Networks(
@@ -214,6 +222,7 @@ def counted(unet: dict[str, Any], vae: dict[str, Any], parameters: dict[str, flo
         forward=held + block_bytes,
         forward_flops=flops,
         adapter_per_rank=per_rank * min(1.0, parameters["unet"] / published["unet"] * 20),
+        convolutions=convolutions,
         guides_by_input=False,
         vae_in_fp32=vae_in_fp32,
         embedded=sum(parameters.values()) < 50e6,
@@ -249,6 +258,7 @@ def counted_transformer(net: dict[str, Any], vae: dict[str, Any], parameters: di
         forward=elements * TRANSFORMER_FORWARD,
         forward_flops=flops,
         adapter_per_rank=adapter,
+        convolutions=0,
         guides_by_input=flux and bool(net.get("guidance_embeds")),
         vae_in_fp32=vae_in_fp32,
         embedded=sum(parameters.values()) < 50e6,
@@ -330,7 +340,16 @@ def weight_bytes(preset: Preset, nets: Networks, size: int) -> float:
     if preset.model.lora_rank == 0:
         reference = denoiser * size if preset.needs_reference else 0
         return (whole - denoiser) * size + denoiser * each + reference + CRITIC_BYTES
-    return whole * size + nets.adapter_per_rank * preset.model.lora_rank * each + CRITIC_BYTES
+    return whole * size - saved_bytes(preset, nets, size) + nets.adapter_per_rank * preset.model.lora_rank * each + CRITIC_BYTES
+
+
+def saved_bytes(preset: Preset, nets: Networks, size: int) -> float:
+    """What model.quantise saves: of the denoiser's linear layers, and of large text encoders, whose embeddings are counted with them."""
+    if preset.model.quantise is None:
+        return 0.0
+    large = sum(count for name, count in nets.parameters.items() if name.startswith("text_encoder") and count > LARGE_TEXT)
+    linear = max(0.0, nets.parameters[nets.denoiser] - nets.convolutions)
+    return (linear + large) * (size - QUANTISED_BYTES[preset.model.quantise])
 
 
 # --- one epoch ----------------------------------------------------------------------------------------------------------

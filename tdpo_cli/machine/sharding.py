@@ -49,6 +49,8 @@ def check(preset: Preset, world: World, why: str = 'run.shard is "on"') -> None:
         raise RequestError(f"{why}: sharding needs several processes. Start with --gpus N, or --set run.shard=off.")
     if preset.model.lora_rank == 0:
         raise RequestError(f"{why}: only a frozen network can be sharded. Train a LoRA (model.lora_rank above 0), or use run.shard=off.")
+    if preset.model.quantise is not None:
+        raise RequestError(f"{why}: packed weights (model.quantise {preset.model.quantise}) cannot be split. Use run.shard=off.")
     if samples % world.size or batch % world.size:
         raise RequestError(
             f"{why}: rollout.samples_per_epoch {samples} and update.batch_size {batch} must be multiples of the {world.size} processes."
@@ -80,4 +82,11 @@ def blocks(network: nn.Module) -> Iterator[nn.Module]:
 def weight_bytes(network: nn.Module) -> int:
     """Bytes of all weights; of a sharded network those of this process."""
     local = lambda tensor: tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return sum(local(parameter).numel() * parameter.element_size() for parameter in network.parameters())
+    return sum(_bytes(local(parameter.data)) for parameter in network.parameters())
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    """Of what a tensor really holds: a quantised one says the type that it stands for."""
+    if type(tensor) is not torch.Tensor and hasattr(tensor, "__tensor_flatten__"):
+        return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()

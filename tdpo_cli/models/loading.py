@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from tdpo_cli import models
 from tdpo_cli.config.preset import Model
 from tdpo_cli.errors import RequestError, first_line
-from tdpo_cli.models import adapter, lora_file
+from tdpo_cli.models import adapter, lora_file, quantise
 from tdpo_cli.models.family import Family
 from tdpo_cli.models.policy import Policy
 from tdpo_cli.models.settings import check_model
@@ -58,6 +58,7 @@ def load(
     content = models.index(source, model.revision)
     entry = models.FAMILIES[models.pipeline_class(source, content)]
     check_model(model, entry)
+    quantise.check(model.quantise, device.type)
     models.check_installed(source, entry)
     if trainable:
         models.check_trainable(source, content, model.allow_distilled)
@@ -100,7 +101,9 @@ def _settle(family: Family, device: torch.device, waits: bool = False) -> None:
     if device.type == "cuda" and family.component == "unet":
         # what convolutions on tensor cores want; on a CPU it gains nothing (benchmarks/ladder.py)
         family.pipeline.vae.to(memory_format=torch.channels_last)
-        family.network.to(memory_format=torch.channels_last)
+        for module in family.network.modules():  # one by one: quantised layers have no memory format
+            if isinstance(module, nn.Conv2d):
+                module.to(memory_format=torch.channels_last)
 
 
 def _trained_part(family: Family, model: Model, dtype: torch.dtype, keep_reference: bool, randomness: Randomness) -> adapter.Adapter:
@@ -138,9 +141,10 @@ def holds_network(model: Model, part: str) -> bool:
 
 def trained_network(cls: type, source: str, part: str, model: Model, dtype: torch.dtype) -> nn.Module:
     """The denoiser: of `model.start_from` where that holds a whole one, else the base model's. Raises RequestError."""
+    options = {"torch_dtype": dtype} | quantise.options(model.quantise, cls, dtype)
     if holds_network(model, part):
-        return component(cls, model.start_from, part, None, torch_dtype=dtype)
-    return component(cls, source, part, model.revision, torch_dtype=dtype)
+        return component(cls, model.start_from, part, None, **options)
+    return component(cls, source, part, model.revision, **options)
 
 
 def read_pipeline(
@@ -171,6 +175,8 @@ def read_pipeline(
                 parts[name] = vae(kind, source, model, precision)
             else:
                 options = {"torch_dtype": precision} if issubclass(kind, nn.Module) else {}
+                if quantise.applies(name, kind, trained):
+                    options |= quantise.options(model.quantise, kind, precision)
                 parts[name] = component(kind, source, name, model.revision, **options)
     missing = [name for name, one in known.items() if name not in (*parts, "self") and one.default is one.empty]
     if missing:

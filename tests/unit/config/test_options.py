@@ -609,6 +609,13 @@ def sharded():
     start({"run.shard": "auto"})
 
 
+def quantised(monkeypatch):
+    """model.quantise: refused where its package is absent; test_quantise says what it does."""
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(RequestError, match=r"model.quantise int8 needs torchao: pip install 'tdpo\[int8\]'"):
+        start({"model.quantise": "int8"})
+
+
 def shown_images(tmp_path, monkeypatch):
     """[sampling] reaches previews; without it they are made as the rollout samples."""
     pictures = {}
@@ -677,6 +684,7 @@ ELSEWHERE = {
     "model.text_lora": text_lora,
     "model.vae": vae,
     "model.allow_distilled": allow_distilled,
+    "model.quantise": quantised,
     "model.dtype": dtype,
     "model.tf32": tf32,
     "rollout.dynamics": dynamics,

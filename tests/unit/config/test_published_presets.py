@@ -24,6 +24,7 @@ PUBLISHED = {
     "model.allow_distilled": False,
     "model.dtype": "fp16",
     "model.drop_t5": False,
+    "model.quantise": None,
     "model.tf32": True,
     "rollout.samples_per_epoch": 8 * 8 * 4,  # GPUs x batch x batches
     "rollout.steps": 50,

@@ -29,7 +29,13 @@ def test_two_agents_continue_after_a_worker_was_killed(tmp_path):
         "--resume", *SETTINGS,
     ]  # fmt: skip
     # torchrun counts restarts by machine, and its shared store waits for workers of one count: docs/clusters.md
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "CUDA_VISIBLE_DEVICES": "",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
     agents = []
     try:
         for number in range(2):

@@ -20,7 +20,7 @@ from tdpo_cli.overoptimisation.verdict import standardised
 
 WIDTH = 80
 GAP = " "
-MEANING = "rise and watched rewards: change since epoch 0, in sd of epoch 0; kl, clip: how far the update went"
+MEANING = "rise and watched rewards: in sd since epoch 0; kl, clip: size of the update"
 
 Cells = list[tuple[str, str]]  # (heading, value), by column
 

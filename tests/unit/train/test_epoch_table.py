@@ -17,6 +17,7 @@ def test_quickstart_has_a_column_for_each_watched_reward_within_80_columns():
     head, line = epoch_table.heading(preset)[-1], epoch_table.line(last, first, preset)
     assert set(preset.reward.watch) <= set(head.split())
     assert len(line) == len(head) <= 80
+    assert max(map(len, epoch_table.heading(preset))) <= 80
     assert line.split() == ["24/24", "4.500", "+1.00", *["+1.00"] * len(preset.reward.watch), "0.0001", "12%", "4.8s"]
 
 

@@ -52,6 +52,9 @@ _REWARDS = {
     "gold": ("tdpo_cli.rewards.simple", "gold", True),
 }
 
+# their score also takes uint8 levels in place of floats, with the same result
+TAKES_LEVELS = frozenset(_REWARDS) - {"gold"}
+
 
 def names() -> tuple[str, ...]:
     """The built-in rewards."""

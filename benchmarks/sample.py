@@ -70,7 +70,7 @@ def measure(base: str, count: int, steps: int, guidance: float, batch_size: int,
     policy = loading.load(Model(base=base), trainable=False).scheduled(steps, 0.0)
     pipeline = DiffusionPipeline.from_pretrained(models.resolve(base), **_absent(base))
     if policy.family.component == "unet":
-        pipeline.scheduler = as_ddim(dict(pipeline.scheduler.config))  # the steps of `tdpo sample`
+        pipeline.scheduler = as_ddim(dict(policy.family.scheduler_config))  # the steps of `tdpo sample`
     pipeline.set_progress_bar_config(disable=True)
     known = prompt_sources.load("sandbox:all")
     prompts = [known[number % len(known)] for number in range(count)]

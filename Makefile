@@ -8,7 +8,7 @@ PARITY_VENV ?= .venv-parity
 PARITY_SIZE ?= reduced
 PARITY_PIP ?=  # more options for pip; on Linux without a GPU: --extra-index-url https://download.pytorch.org/whl/cpu
 
-.PHONY: help quickstart test test-all parity sandbox clean
+.PHONY: help quickstart test test-all parity sandbox docs clean
 
 help:
 	@echo "make quickstart   install into $(VENV) and train the sandbox policy (a few minutes, CPU is enough)"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-all     install into $(VENV) and run the slow tests too: all that need neither a GPU nor a network"
 	@echo "make parity       compare the reward scores with the upstream packages' own code (a second environment, Python 3.11)"
 	@echo "make sandbox      train the sandbox's models anew (under an hour on two cores)"
+	@echo "make docs         build the documentation site into build/site, strictly: a broken link is an error"
 	@echo "make clean        remove the environments, runs, samples, scores and cross-evals"
 
 quickstart: $(VENV)/.installed
@@ -33,6 +34,9 @@ parity: $(VENV)/.installed-test $(PARITY_VENV)/.installed
 sandbox: $(VENV)/.installed
 	$(BIN)/python -m tdpo_cli.sandbox.build
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("tdpo needs Python 3.10 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 10) else None'
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +47,10 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $(VENV)/.installed $@
+
+$(VENV)/.installed-docs: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	@touch $(VENV)/.installed $@
 
 # Two repairs: the hpsv2 wheel lacks its vocabulary (open_clip has the same file), and image-reward does not say that it

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 LONGEST_LINE = 2000  # characters of a line that a message shows
-# what a terminal obeys or what hides text: control characters but newline and tab, marks that change the direction of writing, half characters
+# what changes a terminal or hides text: control characters but newline and tab, marks that change the direction of writing, half characters
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 

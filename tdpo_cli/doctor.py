@@ -6,7 +6,10 @@ import dataclasses
 import json
 import os
 import platform
+import shlex
 import shutil
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,11 +21,13 @@ from packaging.requirements import Requirement
 from tdpo_cli.config import preset as presets
 from tdpo_cli.config.preset import Preset
 from tdpo_cli.console import Console, size
+from tdpo_cli.errors import WorkError
 from tdpo_cli.machine import footprint, memory
 from tdpo_cli.rewards import checkpoints as reward_checkpoints
 from tdpo_cli.rewards import required_files
 from tdpo_cli.sandbox import EMBEDDED, ZOO, is_embedded
 
+HF = str(Path(sys.executable).with_name("hf"))  # the hub's own command, installed beside this Python
 NAMED = 3  # missing files in one sentence; the commands list all
 LEAST_DISK = 5e9  # bytes; a run folder with its images and states
 # what a part of a pipeline consists of, by its library; one weights file each, whatever variant it is
@@ -35,9 +40,14 @@ UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")  # no fa
 OTHER_WEIGHTS = ("{stem}.safetensors.index.json", "{stem}.fp16.safetensors.index.json", "{stem}.fp16.safetensors", "{stem}.bin", "pytorch_model.bin")
 
 
-def run(preset_name: str | None, console: Console) -> dict[str, Any]:
-    """Look, say, and -> the same for --json. `ok`: whether the preset (default: quickstart) could run here as it is."""
+def run(preset_name: str | None, console: Console, fetch: bool = False) -> dict[str, Any]:
+    """Look, print, and -> the same for --json. `ok`: whether the preset (default: quickstart) could run here as it is.
+
+    `fetch` downloads the preset's missing files first. Raises WorkError where the hub does not give one.
+    """
     preset = presets.load(preset_name or "quickstart")
+    if fetch:
+        download(_needed_files(preset), console)
     devices = find_devices()
     report: dict[str, Any] = {
         "python": platform.python_version(),
@@ -56,6 +66,18 @@ def run(preset_name: str | None, console: Console) -> dict[str, Any]:
     report["ok"] = not report["problems"]
     _show(report, console)
     return report
+
+
+def download(files: list[required_files.File], console: Console) -> None:
+    """Run the `hf download` commands of the files that are missing; they show their own progress. Raises WorkError."""
+    for command in required_files.commands(files):
+        console.say(command)
+        done = subprocess.run([HF, *shlex.split(command)[1:]], env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "0"}, stdout=sys.stderr)
+        if done.returncode:
+            raise WorkError(
+                f"`{command}` failed (exit status {done.returncode}); its own message is above. A gated model (401, 403): accept the licence on the "
+                "model's page, then `hf auth login`. What was downloaded is kept, and the same command continues."
+            )
 
 
 # --- the machine --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What can go wrong, by who can mend it: the request (exit status 2) or the work itself (exit status 1)."""
+"""What can go wrong, by who can repair it: the request (exit status 2) or the work itself (exit status 1)."""
 
 
 class RequestError(ValueError):
@@ -15,6 +15,11 @@ class WorkError(RuntimeError):
 
 class LostPeer(WorkError):
     """Another process of the run is gone or silent: a consequence, the cause lies with that process."""
+
+
+def described(error: BaseException) -> str:
+    """What went wrong inside something else: our own messages as they are, others with their kind."""
+    return str(error) if isinstance(error, WorkError) else f"{type(error).__name__}: {error}"
 
 
 def first_line(error: BaseException | None, otherwise: str | None = None) -> str:

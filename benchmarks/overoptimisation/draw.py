@@ -195,14 +195,14 @@ def variant_table(runs: Sequence[Run], pairs: Sequence[tuple[str, str]]) -> str:
 
 
 def outside(runs: Sequence[Run], pairs: Sequence[tuple[str, str]]) -> str:
-    """How many of gold's intervals, over all pairs and levels, leave 0 out; pairs that are still nearly the same run have no say."""
+    """How many of gold's intervals, over all pairs and levels, exclude 0; pairs that are still nearly the same run have no say."""
     found = [(pair, analysis.difference(runs, *pair, axis, level)) for pair in pairs for axis, levels in LEVELS.items() for level in levels]
     moved = [(pair, one) for pair, one in found if one and one.half > SAME]
     without = [" minus ".join(pair) for pair, one in moved if abs(one.mean) > one.half]
     each = ", ".join(f"{without.count(name)} of {name}" for name in dict.fromkeys(without))
     return (
         f"Of {len(moved)} intervals of gold's differences (those above and of the ways to reset against tdpo; wider than {SAME}) {len(without)} "
-        f"leave 0 out ({each}); by chance alone one in twenty would: {len(moved) / 20:.0f}.\n"
+        f"exclude 0 ({each}); by chance alone one in twenty would: {len(moved) / 20:.0f}.\n"
     )
 
 

@@ -11,25 +11,38 @@ from typing import Annotated, Any
 import typer
 
 from tdpo_cli import __version__
-from tdpo_cli.cli import cross_eval, doctor, export, presets, report, runs, sample, score, train
+from tdpo_cli.cli import cross_eval, doctor, export, presets, report, runs, sample, score, serve, train
 from tdpo_cli.console import printable
 from tdpo_cli.errors import RequestError, WorkError
 from tdpo_cli.machine import launch
 
 app = typer.Typer(
     name="tdpo",
-    help="Fine-tune text-to-image diffusion models against reward models with TDPO and TDPO-R, and see when the reward is being over-optimised.",
+    help="Fine-tune text-to-image diffusion models against reward models with TDPO, TDPO-R, DDPO or GRPO, "
+    "and see when the reward is being over-optimised.",
     no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 COMMANDS = {
     "train": train.train, "sample": sample.sample, "score": score.score, "cross-eval": cross_eval.cross_eval, "doctor": doctor.doctor,
     "presets": presets.list_or_show, "report": report.report, "runs": runs.runs, "export": export.export,
+    "serve": serve.serve,
 }  # fmt: skip
+EXAMPLES = {
+    "train": ["tdpo train --preset hpsv2 --gpus 8", "tdpo train --preset sdxl-pickscore --dry-run", "tdpo train --preset hpsv2 --out RUN --resume"],
+    "sample": ['tdpo sample RUN "a red fox" --per-prompt 8', "tdpo sample base prompts.txt --preset quickstart"],
+    "score": ["tdpo score FOLDER --rewards all", "tdpo score FOLDER --rewards hpsv2 --prompts prompts.txt --out scores.csv"],
+    "cross-eval": ["tdpo cross-eval RUN --per-prompt 4", "tdpo cross-eval RUN OTHER_RUN"],
+    "doctor": ["tdpo doctor --preset hpsv2", "tdpo doctor --preset hpsv2 --fetch"],
+    "presets": ["tdpo presets hpsv2", "tdpo presets --keys"],
+    "report": ["tdpo report RUN", "tdpo report RUN OTHER_RUN --out comparison.html"],
+    "runs": ["tdpo runs", "tdpo runs /shared/runs --json"],
+    "export": ["tdpo export RUN --format kohya"],
+    "serve": ["tdpo serve hpsv2 imagereward --port 8765"],
+}
 for _name, _command in COMMANDS.items():
-    app.command(_name)(_command)
+    app.command(_name, epilog="\n\n".join(["Examples:", *EXAMPLES[_name]]))(_command)
 # what the system answers to a path that no file can have
 IMPOSSIBLE_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
 

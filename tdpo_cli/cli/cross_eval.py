@@ -22,20 +22,20 @@ def cross_eval(
     rewards: Annotated[
         str, typer.Option(metavar="all|A,B,...", help="all: the runs' own, and the learned ones that --zoo or --checkpoint give.")
     ] = "all",
-    prompts: Annotated[Optional[str], typer.Option(metavar="FILE", help="Prompts [default: the runs' rollout.eval_prompts, held out].")] = None,
+    prompts: Annotated[Optional[str], typer.Option(metavar="FILE", help="Prompts (default: the runs' rollout.eval_prompts, held out).")] = None,
     per_prompt: Annotated[int, typer.Option(min=1, max=99, help="Images per prompt; diversity and agreement need two.")] = 2,
     seed: Annotated[int, typer.Option(min=0, help="Of the noise, which all models share, and of the bootstrap.")] = 0,
     out: Annotated[
-        Optional[Path], typer.Option(metavar="DIR", help="One that was interrupted is continued [default: a new cross-evals/NAME-0001].")
+        Optional[Path], typer.Option(metavar="DIR", help="One that was interrupted is continued (default: a new cross-evals/NAME-0001).")
     ] = None,
-    epoch: Annotated[Optional[list[int]], typer.Option(help="Of run folders: only this checkpoint; may be repeated [default: all].")] = None,
-    preset: Annotated[Optional[str], typer.Option(metavar="NAME|FILE.toml", help="Base model, sampling settings [default: the runs' own].")] = None,
+    epoch: Annotated[Optional[list[int]], typer.Option(help="Of run folders: only this checkpoint; may be repeated (default: all).")] = None,
+    preset: Annotated[Optional[str], typer.Option(metavar="NAME|FILE.toml", help="Base model, sampling settings (default: the runs' own).")] = None,
     set_: options.SetOption = None,
     checkpoint: options.CheckpointOption = None,
     zoo: options.ZooOption = None,
     trust_rewards: options.TrustOption = False,
-    batch_size: Annotated[Optional[int], typer.Option(min=1, help="Images per network call [default: 16, or less from memory].")] = None,
-    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, ... [default: a GPU where there is one]")] = None,
+    batch_size: Annotated[Optional[int], typer.Option(min=1, help="Images per network call (default: 16, or less from memory).")] = None,
+    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")] = None,
     gpus: options.GpusOption = None,
     processes: options.ProcessesOption = None,
     json_: options.JsonFlag = False,

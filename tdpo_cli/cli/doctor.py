@@ -13,7 +13,8 @@ from tdpo_cli.console import Console
 
 
 def doctor(
-    preset: Annotated[Optional[str], typer.Option(metavar="NAME|FILE.toml", help="Whether this could run here [default: quickstart].")] = None,
+    preset: Annotated[Optional[str], typer.Option(metavar="NAME|FILE.toml", help="Whether this could run here (default: quickstart).")] = None,
+    fetch: Annotated[bool, typer.Option("--fetch", help="Download the preset's missing files first.")] = False,
     json_: options.JsonFlag = False,
     quiet: options.QuietFlag = False,
 ) -> None:
@@ -22,7 +23,7 @@ def doctor(
     options.prepare_libraries()
     from tdpo_cli import doctor as examination
 
-    report = examination.run(preset, Console(quiet or json_))
+    report = examination.run(preset, Console(quiet or json_), fetch)
     if json_:
         print(json.dumps(report))
     if not report["ok"]:

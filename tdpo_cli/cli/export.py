@@ -15,8 +15,8 @@ from tdpo_cli.console import Console
 def export(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder, a run folder or LoRA weights.")],
     format_: Annotated[str, typer.Option("--format", metavar="kohya", help="kohya: for ComfyUI, A1111 and their kin.")],
-    out: Annotated[Optional[Path], typer.Option(help="The file [default: NAME-kohya.safetensors, here].")] = None,
-    epoch: Annotated[Optional[int], typer.Option(help="Of a run folder: which checkpoint [default: the last].")] = None,
+    out: Annotated[Optional[Path], typer.Option(help="The file (default: NAME-kohya.safetensors, here).")] = None,
+    epoch: Annotated[Optional[int], typer.Option(help="Of a run folder: which checkpoint (default: the last).")] = None,
     json_: options.JsonFlag = False,
     quiet: options.QuietFlag = False,
 ) -> None:

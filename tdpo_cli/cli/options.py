@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
@@ -10,16 +11,48 @@ import typer
 from tdpo_cli.config import preset as presets
 from tdpo_cli.errors import RequestError
 
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.")]
-SetOption = Annotated[Optional[list[str]], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one setting; may be repeated.")]
-CheckpointOption = Annotated[
-    Optional[list[str]], typer.Option("--checkpoint", metavar="REWARD=PATH", help="Where a reward's checkpoint is; may be repeated.")
+# groups of options in --help
+MODEL, RUN, MACHINE, OUTPUT = "What to use", "The run", "Machine", "Output"
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.", rich_help_panel=OUTPUT)]
+QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but warnings and errors.", rich_help_panel=OUTPUT)]
+SetOption = Annotated[
+    Optional[list[str]], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one setting; may be repeated.", rich_help_panel=MODEL)
 ]
-GpusOption = Annotated[Optional[int], typer.Option(min=1, metavar="N", help="One worker on each of N GPUs. The result stays the same.")]
-ProcessesOption = Annotated[Optional[int], typer.Option(min=1, metavar="N", help="N workers on the CPU. The result stays the same.")]
-TrustOption = Annotated[bool, typer.Option("--trust-rewards", help="Run the Python that a run's own preset.json names as a reward.")]
-ZooOption = Annotated[Optional[str], typer.Option("--zoo", metavar="sandbox", help="Take reward checkpoints from the embedded set.")]
+CheckpointOption = Annotated[
+    Optional[list[str]],
+    typer.Option("--checkpoint", metavar="REWARD=PATH", help="Where a reward's checkpoint is; may be repeated.", rich_help_panel=MODEL),
+]
+GpusOption = Annotated[
+    Optional[int], typer.Option(min=1, metavar="N", help="One worker on each of N GPUs. The result stays the same.", rich_help_panel=MACHINE)
+]
+ProcessesOption = Annotated[
+    Optional[int], typer.Option(min=1, metavar="N", help="N workers on the CPU. The result stays the same.", rich_help_panel=MACHINE)
+]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-rewards", help="Use the Python and the servers that a run's own preset.json names as rewards.", rich_help_panel=MODEL)
+]
+ZooOption = Annotated[
+    Optional[str], typer.Option("--zoo", metavar="sandbox", help="Take reward checkpoints from the embedded set.", rich_help_panel=MODEL)
+]
+
+
+def complete_presets(incomplete: str) -> list[str]:
+    """Names of the shipped presets, for the shell's completion."""
+    return [name for name in presets.names() if name.startswith(incomplete)]
+
+
+def complete_runs(incomplete: str) -> list[str]:
+    """Run folders below runs/, for the shell's completion."""
+    return [str(file.parent) for file in sorted(Path("runs").glob("*/preset.json")) if str(file.parent).startswith(incomplete)]
+
+
+def complete_rewards(incomplete: str) -> list[str]:
+    """The rewards that need no name of a file, the last of a list with commas, for the shell's completion."""
+    from tdpo_cli import rewards
+
+    before, comma, last = incomplete.rpartition(",")
+    return [f"{before}{comma}{name}" for name in ("all", *rewards.names()) if name.startswith(last)]
 
 
 def overrides(set_: list[str] | None, checkpoint: list[str] | None, zoo: str | None) -> list[tuple[str, Any]]:

@@ -13,9 +13,14 @@ from tdpo_cli.console import Console
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="A run folder, also of a run that is still going; several are compared.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...", help="A run folder, also of a run that is still going; several are compared.", autocompletion=options.complete_runs
+        ),
+    ],
     out: Annotated[
-        Optional[Path], typer.Option(metavar="FILE", help="Where to write the page [default: RUN/report.html; of several: comparison.html].")
+        Optional[Path], typer.Option(metavar="FILE", help="Where to write the page (default: RUN/report.html; of several: comparison.html).")
     ] = None,
     json_: options.JsonFlag = False,
     quiet: options.QuietFlag = False,

@@ -20,23 +20,23 @@ def sample(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder, a run folder, LoRA weights, `base`, a diffusers folder or hub id.")],
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPTS...", help="Strings, a text file with one prompt a line, or - for standard input.")],
     preset: Annotated[
-        Optional[str], typer.Option(metavar="NAME|FILE.toml", help="Base model and sampling settings [default: the run's own].")
+        Optional[str], typer.Option(metavar="NAME|FILE.toml", help="Base model and sampling settings (default: the run's own).")
     ] = None,
     set_: options.SetOption = None,
-    epoch: Annotated[Optional[int], typer.Option(help="Of a run folder: which checkpoint [default: the last].")] = None,
-    out: Annotated[Optional[Path], typer.Option(help="Folder for the images [default: a new samples/NAME-0001].")] = None,
+    epoch: Annotated[Optional[int], typer.Option(help="Of a run folder: which checkpoint (default: the last).")] = None,
+    out: Annotated[Optional[Path], typer.Option(help="Folder for the images (default: a new samples/NAME-0001).")] = None,
     per_prompt: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same images, whatever the batch size.")] = 0,
-    batch_size: Annotated[Optional[int], typer.Option(min=1, help="Images per network call [default: from memory].")] = None,
-    steps: Annotated[Optional[int], typer.Option(min=1, max=1000, help="Denoising steps [default: the preset's].")] = None,
-    guidance_scale: Annotated[Optional[float], typer.Option(min=0, help="[default: the preset's]")] = None,
+    batch_size: Annotated[Optional[int], typer.Option(min=1, help="Images per network call (default: from memory).")] = None,
+    steps: Annotated[Optional[int], typer.Option(min=1, max=1000, help="Denoising steps (default: the preset's).")] = None,
+    guidance_scale: Annotated[Optional[float], typer.Option(min=0, help="(default: the preset's)")] = None,
     noise: Annotated[
-        Optional[float], typer.Option("--noise", "--eta", min=0, help="eta (DDIM) or noise level (flow), 0 is deterministic [default: the preset's].")
+        Optional[float], typer.Option("--noise", "--eta", min=0, help="eta (DDIM) or noise level (flow), 0 is deterministic (default: the preset's).")
     ] = None,
-    negative_prompt: Annotated[Optional[str], typer.Option(help="[default: the preset's]")] = None,
+    negative_prompt: Annotated[Optional[str], typer.Option(help="(default: the preset's)")] = None,
     lora_scale: Annotated[float, typer.Option(help="Strength of the LoRA; 0 is the base model.")] = 1.0,
-    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, ... [default: a GPU where there is one]")] = None,
-    dtype: Annotated[Optional[str], typer.Option(metavar="fp32|fp16|bf16", help="[default: the preset's]")] = None,
+    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")] = None,
+    dtype: Annotated[Optional[str], typer.Option(metavar="fp32|fp16|bf16", help="(default: the preset's)")] = None,
     gpus: options.GpusOption = None,
     processes: options.ProcessesOption = None,
     json_: options.JsonFlag = False,

@@ -15,19 +15,21 @@ from tdpo_cli.errors import WorkError
 
 def score(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Its images, also those in folders below.")],
-    rewards: Annotated[str, typer.Option(metavar="all|A,B,...", help="all: aesthetic, pickscore, hpsv2, imagereward.")] = "all",
+    rewards: Annotated[
+        str, typer.Option(metavar="all|A,B,...", help="all: aesthetic, pickscore, hpsv2, imagereward.", autocompletion=options.complete_rewards)
+    ] = "all",
     prompts: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Prompts: .txt, one line per image in name order; .jsonl or .csv.")] = None,
     prompt: Annotated[Optional[str], typer.Option(metavar="TEXT", help="One prompt for all images.")] = None,
     variant: Annotated[str, typer.Option(metavar="tdpo|package", help="As the official TDPO, or as each reward's own package.")] = "tdpo",
     checkpoint: options.CheckpointOption = None,
     zoo: options.ZooOption = None,
     out: Annotated[
-        Optional[Path], typer.Option(metavar="FILE", help="A .jsonl or .csv; one that exists is continued [default: a new scores/FOLDER-0001.jsonl].")
+        Optional[Path], typer.Option(metavar="FILE", help="A .jsonl or .csv; one that exists is continued (default: a new scores/FOLDER-0001.jsonl).")
     ] = None,
-    batch_size: Annotated[Optional[int], typer.Option(min=1, help="Images per network call [default: 8, on a GPU 64].")] = None,
+    batch_size: Annotated[Optional[int], typer.Option(min=1, help="Images per network call (default: 8, on a GPU 64).")] = None,
     processes: Annotated[Optional[int], typer.Option(min=1, help="Share the work among CPU processes (or --device).")] = None,
     gpus: Annotated[Optional[int], typer.Option(min=1, help="Share the work among GPUs.")] = None,
-    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, ... [default: a GPU where there is one]")] = None,
+    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")] = None,
     dtype: Annotated[str, typer.Option(metavar="fp32|fp16|bf16", help="Other than fp32: prints how far scores are from it.")] = "fp32",
     follow_links: Annotated[bool, typer.Option("--follow-links", help="Also what lies outside FOLDER: links, names in metadata.jsonl.")] = False,
     json_: options.JsonFlag = False,

@@ -22,18 +22,34 @@ from tdpo_cli.storage.run_dir import RunDir
 
 
 def train(
-    preset: Annotated[Optional[str], typer.Option(metavar="NAME|FILE.toml", help="What to run [default: quickstart].")] = None,
-    set_: options.SetOption = None,
-    algorithm: Annotated[Optional[str], typer.Option(metavar="ddpo|grpo|tdpo|tdpo-r", help="Same as --set algorithm.name=...")] = None,
-    seed: Annotated[Optional[int], typer.Option(help="Same as --set run.seed=...")] = None,
-    epochs: Annotated[Optional[int], typer.Option(help="Same as --set run.epochs=...")] = None,
-    stop_on_overoptimisation: Annotated[
-        Optional[int], typer.Option(metavar="EPOCHS", help="Stop once the verdict was `over-optimising` for this many epochs in a row.")
+    preset: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="NAME|FILE.toml",
+            help="What to run (default: quickstart).",
+            autocompletion=options.complete_presets,
+            rich_help_panel=options.MODEL,
+        ),
     ] = None,
-    out: Annotated[Optional[Path], typer.Option(help="The run folder [default: a new runs/PRESET-0001, counting up].")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    set_: options.SetOption = None,
+    algorithm: Annotated[
+        Optional[str], typer.Option(metavar="ddpo|grpo|tdpo|tdpo-r", help="Same as --set algorithm.name=...", rich_help_panel=options.MODEL)
+    ] = None,
+    seed: Annotated[Optional[int], typer.Option(help="Same as --set run.seed=...", rich_help_panel=options.RUN)] = None,
+    epochs: Annotated[Optional[int], typer.Option(help="Same as --set run.epochs=...", rich_help_panel=options.RUN)] = None,
+    stop_on_overoptimisation: Annotated[
+        Optional[int],
+        typer.Option(
+            metavar="EPOCHS", help="Stop once the verdict was `over-optimising` for this many epochs in a row.", rich_help_panel=options.RUN
+        ),
+    ] = None,
+    out: Annotated[
+        Optional[Path], typer.Option(help="The run folder (default: a new runs/PRESET-0001, counting up).", rich_help_panel=options.RUN)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.", rich_help_panel=options.RUN)] = False,
     tracker: Annotated[
-        Optional[list[str]], typer.Option(metavar="tensorboard|wandb", help="Same as --set run.trackers=...; may be repeated.")
+        Optional[list[str]],
+        typer.Option(metavar="NAME", help="tensorboard or wandb; may be repeated.", rich_help_panel=options.RUN),
     ] = None,
     gpus: options.GpusOption = None,
     processes: options.ProcessesOption = None,
@@ -42,10 +58,16 @@ def train(
     trust_rewards: options.TrustOption = False,
     memory_limit: Annotated[
         Optional[str],
-        typer.Option(metavar="SIZE|auto", help="Cut up the work so that a process stays below this, as 12GB. The result stays the same."),
+        typer.Option(
+            metavar="SIZE|auto",
+            help="Cut up the work so that a process stays below this, as 12GB. The result stays the same.",
+            rich_help_panel=options.MACHINE,
+        ),
     ] = None,
-    allow_distilled: Annotated[bool, typer.Option("--allow-distilled", help="Same as --set model.allow_distilled=true.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen; write nothing.")] = False,
+    allow_distilled: Annotated[
+        bool, typer.Option("--allow-distilled", help="Same as --set model.allow_distilled=true.", rich_help_panel=options.MODEL)
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would happen; write nothing.", rich_help_panel=options.RUN)] = False,
     json_: options.JsonFlag = False,
     quiet: options.QuietFlag = False,
 ) -> None:
@@ -172,10 +194,16 @@ def _dry_run(preset: presets.Preset, as_json: bool) -> None:
         "flops_per_epoch": footprint.epoch_flops(preset),
         "per_device": shares,
     }
+    guessed = footprint.guessed(preset)
+    if guessed:  # no number is better than one of another model
+        facts |= {"peak_memory_bytes": None, "flops_per_epoch": None}
+        for share in shares.values():
+            share["peak_memory_bytes"] = None
     if as_json:
         return print(json.dumps(facts))
-    share = "{samples} samples an epoch, {samples_per_optimizer_step} of each optimizer step, about {memory} of memory"
-    shown = {count: share.format(**numbers, memory=size(numbers["peak_memory_bytes"])) for count, numbers in shares.items()}
+    share = "{samples} samples an epoch, {samples_per_optimizer_step} of each optimizer step, {memory}"
+    about = lambda count: "memory unknown until downloaded" if count is None else f"about {size(count)} of memory"
+    shown = {count: share.format(**numbers, memory=about(numbers["peak_memory_bytes"])) for count, numbers in shares.items()}
     Console().pairs(
         [
             ("model", preset.model.base),
@@ -191,7 +219,7 @@ def _dry_run(preset: presets.Preset, as_json: bool) -> None:
             ("reward queries", f"{preset.reward_queries:,}"),
             ("on 1 device", shown[1]),
             ("on each of 8", shown[8]),
-            ("computation", _computation(facts["flops_per_epoch"])),
+            ("computation", "unknown until downloaded" if guessed else _computation(facts["flops_per_epoch"])),
             ("memory", f"a prediction, with {plan}; the plan is chosen from free memory and never changes the result"),
         ],
         title="dry run: nothing is written",

@@ -516,7 +516,7 @@ def check(preset: Preset, where: str) -> Preset:
         if steps < 1:
             raise SettingError(f"{where}: rollout.steps {preset.rollout.steps}: the last step of a flow model is not trained, so give at least 2.")
         raise SettingError(
-            f"{where}: update.timestep_fraction {preset.update.timestep_fraction} of {steps} steps is no step at all. "
+            f"{where}: update.timestep_fraction {preset.update.timestep_fraction} of {steps} steps selects no step. "
             f"Use at least {math.ceil(10_000 / steps) / 10_000:g}."  # rounded up: 49 x (1/49) is below 1
         )
     group = preset.group_size

@@ -16,7 +16,7 @@ from torch import Tensor
 from tdpo_cli.console import Console
 from tdpo_cli.cross_eval.candidates import Model, hashes
 from tdpo_cli.cross_eval.folder import Folder, Part, write_json
-from tdpo_cli.errors import RequestError, WorkError, first_line
+from tdpo_cli.errors import RequestError, WorkError, described, first_line
 from tdpo_cli.machine import memory
 from tdpo_cli.models import load
 from tdpo_cli.models.policy import Policy
@@ -58,7 +58,7 @@ class Judges:
             except Exception as error:
                 if isinstance(error, RequestError) or memory.exhausted(error):
                     raise
-                raise WorkError(f"reward {name} failed on {prompts[0]!r}: {type(error).__name__}: {error}") from error
+                raise WorkError(f"reward {name} failed on {prompts[0]!r}: {described(error)}") from error
             shortest = [float(str(np.float32(score))) if math.isfinite(score) else None for score in column]
             scores[name] = [shortest[start : start + per_prompt] for start in range(0, len(shortest), per_prompt)]
         if self.encoder is None:

@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from tdpo_cli.overoptimisation.verdict import TRUE_REWARDS
+from tdpo_cli.rewards import short_name
 
 # Okabe & Ito's colours, told apart by everyone; a reward keeps its own in every figure
 COLOURS = {
@@ -63,7 +64,7 @@ def _run(ax: Axes, result: Mapping[str, Any], run: Mapping[str, Any]) -> None:
     for name in result["rewards"]:
         estimates = [model["rewards"][name]["standardised"] for model in models]
         mean, low, high = (np.array([0.0, *(np.nan if one[part] is None else one[part] for one in estimates)]) for part in ("mean", "low", "high"))
-        label = name.rpartition("/")[2] + (" (true reward)" if name in TRUE_REWARDS else "")
+        label = short_name(name) + (" (true reward)" if name in TRUE_REWARDS else "")
         trained, true, colour = name == run["trained_reward"], name in TRUE_REWARDS, colour_of(name, result["rewards"])
         ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
         ax.plot(

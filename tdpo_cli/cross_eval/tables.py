@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tdpo_cli.console import Console, significant
+from tdpo_cli.rewards import short_name
 
 Result = Mapping[str, Any]
 GAP = 2  # columns between two columns of a terminal table
@@ -33,11 +34,6 @@ def margin(one: Mapping[str, float | None] | None, digits: int = 2) -> str:
 
 def bare(one: Mapping[str, float | None] | None, digits: int = 2) -> str:
     return "-" if one is None or one["mean"] is None else f"{one['mean']:+.{digits}f}"
-
-
-def short(reward: str) -> str:
-    """A custom reward without its folders."""
-    return reward.rpartition("/")[2]
 
 
 def share(value: float | None) -> str:
@@ -66,7 +62,7 @@ def bases(result: Result) -> tuple[list[str], list[list[str]]]:
     rows = []
     for model in models:
         for reward, numbers in model["rewards"].items():
-            row = [short(reward), significant(numbers["mean"], 4), significant(numbers["std"], 4)]
+            row = [short_name(reward), significant(numbers["mean"], 4), significant(numbers["std"], 4)]
             rows.append([model["name"], *row] if len(models) > 1 else row)
     return ([*(["model"] if len(models) > 1 else []), "reward", "mean", "std"], rows)
 
@@ -74,7 +70,7 @@ def bases(result: Result) -> tuple[list[str], list[list[str]]]:
 def of_run(result: Result, run: Mapping[str, Any], cell: Callable) -> tuple[list[str], list[list[str]]]:
     """Checkpoint by checkpoint: every reward on the common scale."""
     rows = [[_epoch(model), *(cell(model["rewards"][name]["standardised"]) for name in result["rewards"])] for model in _models(result, run)]
-    return ["epoch", *map(short, result["rewards"])], rows
+    return ["epoch", *map(short_name, result["rewards"])], rows
 
 
 def of_prompts(result: Result, run: Mapping[str, Any], cell: Callable) -> tuple[list[str], list[list[str]]]:
@@ -94,14 +90,14 @@ def of_peaks(result: Result, run: Mapping[str, Any], cell: Callable) -> tuple[li
     rows = []
     for reward, one in run["peak_to_final"].items():
         epoch = "-" if one["peak_epoch"] is None else str(one["peak_epoch"])
-        rows.append([short(reward), epoch, _signed(one["peak"]), _signed(one["final"]), cell(one["drop"])])
+        rows.append([short_name(reward), epoch, _signed(one["peak"]), _signed(one["final"]), cell(one["drop"])])
     return ["reward", "peak epoch", "peak", "final", "drop"], rows
 
 
 def of_matrix(result: Result, cell: Callable) -> tuple[list[str], list[list[str]]]:
     matrix = result["matrix"]
     rows = [[name, *map(cell, numbers)] for name, numbers in zip(matrix["trained"], matrix["standardised"], strict=True)]
-    return ["run", *map(short, matrix["evaluated"])], rows
+    return ["run", *map(short_name, matrix["evaluated"])], rows
 
 
 def title(run: Mapping[str, Any]) -> str:

@@ -121,6 +121,15 @@ def networks(preset: Preset) -> Networks:
     return count(denoiser, vae, parameters, upcast)
 
 
+UNCOUNTED = ("qwen", "z-image", "flux.2", "flux2")  # what hub ids of models contain whose sizes no table here has
+
+
+def guessed(preset: Preset) -> bool:
+    """Whether the prediction is of another model's size, since this one's is not known before it is downloaded."""
+    here = is_embedded(preset.model.base) or (Path(preset.model.base).expanduser() / "model_index.json").is_file()
+    return not here and any(word in preset.model.base.lower() for word in UNCOUNTED)
+
+
 def stored_parameters(folder: Path) -> int:
     """Weights in a part's safetensors files, by their headers: the plain files if there are any, else fp16's."""
     files = [file for file in folder.glob("*.safetensors") if "non_ema" not in file.name]

@@ -1,8 +1,8 @@
 """Start one `tdpo` process per GPU or CPU share, pass signals on, and report the first failure once.
 
 The workers run the very command that was given, found by the variables that torchrun sets too (RANK, LOCAL_RANK,
-WORLD_SIZE, MASTER_ADDR, MASTER_PORT), so a cluster's own launcher does as well. `accelerate launch --cpu` is no way
-to start them: with several processes asked for it starts one and says nothing. Standard library only.
+WORLD_SIZE, MASTER_ADDR, MASTER_PORT), so a cluster's own launcher does as well. `accelerate launch --cpu` does not
+serve: asked for several processes it starts one and says nothing. Standard library only.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ GPU_LADDER = (
 CPU_LADDER = (
     *(Plan(n, n, n) for n in (CPU_MICRO_BATCH, 24, 12, 6, 3, 1)), Plan(2, 1, 1, checkpointing=True), Plan(1, 1, 1, checkpointing=True)
 )  # fmt: skip
-USUAL = Plan(4, 8, 8, park=True)  # what a dry run speaks of
+USUAL = Plan(4, 8, 8, park=True)  # what a dry run predicts
 
 
 def ladder(preset: Preset, gpu: bool) -> tuple[Plan, ...]:

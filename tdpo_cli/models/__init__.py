@@ -157,9 +157,7 @@ def _index_file(source: str, revision: str | None) -> Path:
     folder = Path(source)
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
-            raise RequestError(
-                f"{folder}: no model_index.json there, so it is no diffusers model folder. Give the folder that holds it (beside unet/, vae/, ...)."
-            )
+            raise RequestError(f"{folder}: no model_index.json there, so it is not a diffusers model folder. Give the folder that holds it.")
         return folder / "model_index.json"
     if folder.is_file():
         new = folder.with_suffix("")

@@ -1,6 +1,6 @@
 """How alike rewards rank the images of a prompt. Reward models that were trained apart agree on the base model's images.
 
-Where a policy exploits one of them, they part: a rise of all means is then doubtful. Scores are [P,I], prompt by image, NaN where missing.
+Where a policy exploits one of them, they disagree: a rise of all means is then doubtful. Scores are [P,I], prompt by image, NaN where missing.
 """
 
 from __future__ import annotations

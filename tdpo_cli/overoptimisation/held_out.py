@@ -21,7 +21,8 @@ def verdict(
     """Judge a run's last checkpoint, in the words of tdpo_cli.overoptimisation.verdict. The true rewards are never read.
 
     `since_base` and `best` hold the change of `trained` and of the `others`, from the base and from where the others stand
-    best; `best_epoch` None is the base itself. What counts as a change is an interval without 0. `agreed`: of `agreement.change`. `constraints` took part in training and are not among the others.
+    best; `best_epoch` None is the base itself. What counts as a change is an interval without 0. `agreed`: of `agreement.change`.
+    `constraints` took part in training and are not among the others.
     """
     if trained is None:
         return _none("what it was trained on is not known")

@@ -14,7 +14,7 @@ from tdpo_cli.report.numbers import finite, known, log_labels, log_ticks, short,
 Values = Sequence["float | None"]
 Rows = Sequence[Mapping[str, Any]]  # of metrics.jsonl
 OTHERS = ("s1", "s2", "s3", "s4", "s5", "s6")  # classes of page.css: rewards that neither train nor are the truth
-PLAIN = ("p1", "p2", "p3")  # what is no reward
+PLAIN = ("p1", "p2", "p3")  # what is not a reward
 NARROW, WIDE = (400, 210), (880, 330)  # units; on a phone and in a column a unit is about a pixel
 
 

@@ -107,7 +107,7 @@ def _agreement(models: Sequence[Entry], x: Sequence[float], x_label: str) -> str
     series = intervals.series("checkpoint", [cell and cell["model"] for cell in cells], "p1", "")
     return line_chart(Chart(
         "Agreement", x, [series],
-        "How alike the trained and the other learned rewards rank the images of one prompt. Where one of them is exploited they part.",
+        "How alike the trained and the other learned rewards rank the images of one prompt. Where one of them is exploited, they disagree.",
         x_label=x_label, dots=True, baseline=before, limit=(before, f"base {short(before)}"),
     ))  # fmt: skip
 

@@ -17,7 +17,7 @@ from tdpo_cli.storage import disk
 
 def escape(text: object) -> str:
     """Text for an element or a quoted attribute."""
-    # a lone surrogate, as from a file name that is no UTF-8, could not be written
+    # a lone surrogate, as from a file name that is not UTF-8, could not be written
     return html.escape(str(text), quote=True).encode("utf-8", "replace").decode()
 
 

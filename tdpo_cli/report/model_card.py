@@ -34,7 +34,7 @@ def model_card(preset: Preset, rows: Sequence[Mapping[str, Any]], prompts: Seque
     return f"""{_front_matter(preset)}
 # {name} on {_trained(preset)}, epoch {last["epoch"]}
 
-`{_short(preset.model.base)}`, trained with tdpo {__version__} to please the reward `{_trained(preset)}`{_held(preset)}:
+`{_short(preset.model.base)}`, trained with tdpo {__version__} to raise the reward `{_trained(preset)}`{_held(preset)}:
 {last["reward_queries"]:,} reward queries, {last["updates"]:,} optimizer steps.
 This folder holds {_average(preset)}{what} after epoch {last["epoch"]} (the first is 0).
 
@@ -45,7 +45,7 @@ This folder holds {_average(preset)}{what} after epoch {last["epoch"]} (the firs
 ## Rewards
 
 Means over the epoch's own training samples. The rise is the mean of the last fifth of the epochs minus that of the first fifth, in standard
-deviations of epoch 0. A reward model's score that rises is no proof of better images: compare the rewards that were watched and never trained.
+deviations of epoch 0. A reward model's score that rises does not prove better images: compare the rewards that were watched and never trained.
 
 {_table(("reward", "", "epoch 0", f"epoch {last['epoch']}", "rise"), _reward_rows(preset, rows))}
 
@@ -79,7 +79,7 @@ def _noise(preset: Preset) -> str:
 
 
 def add_cross_eval(folder: Path, result: Mapping[str, Any], name: str | None = None) -> str | None:
-    """Put a cross-evaluation's table into the card of a checkpoint folder, or in place of the one before, and mend the manifest.
+    """Put a cross-evaluation's table into the card of a checkpoint folder, or in place of the one before, and repair the manifest.
 
     `result` is cross_eval.json's content, `name` the model's in it (default: RUN/epoch_NNNN). -> None, or why the card
     stays as it is; nothing is raised, for a card is worth no evaluation.

@@ -11,7 +11,7 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def finite(value: object) -> float | None:
-    """The number, or None for null, NaN, infinity and whatever is no number."""
+    """The number, or None for null, NaN, infinity and whatever is not a number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return value if math.isfinite(value) else None

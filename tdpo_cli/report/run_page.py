@@ -92,13 +92,14 @@ def _thinned(drawn: Rows, rows: Rows) -> str:
 def _rewards(drawn: Rows, rows: Rows, preset: Preset, verdict: Verdict, rises: Mapping[str, float | None]) -> str:
     if not rows:
         return "<p>There will be curves once an epoch is finished.</p>"
+    lines = [_standardised(drawn, name, preset) for name in dict.fromkeys((preset.trained, *preset.rewards))]
     chart = Chart(
-        "All rewards on a common scale", column(drawn, "epoch"), [_standardised(drawn, name, preset) for name in dict.fromkeys((preset.trained, *preset.rewards))],
+        "All rewards on a common scale", column(drawn, "epoch"), lines,
         note="Rise since epoch 0, in units of epoch 0's standard deviation. Bands: ±1 standard error of the epoch's mean.",
         baseline=0.0, since=_since(verdict), show=lambda value: "–" if value is None else f"{signed(value)} sd",
     )  # fmt: skip
     unknown = [name for name in preset.rewards if not known(_standardised(drawn, name, preset).values)]
-    missing = f"<p class=note>Not drawn, for want of a mean and a spread at epoch 0: {escape(', '.join(unknown))}.</p>" if unknown else ""
+    missing = f"<p class=note>Not drawn, because epoch 0 has no mean or no spread: {escape(', '.join(unknown))}.</p>" if unknown else ""
     return line_chart(chart, wide=True) + missing + _table_of_rewards(rows, preset, rises)
 
 

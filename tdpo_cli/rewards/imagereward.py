@@ -1,4 +1,4 @@
-"""ImageReward: how well an image fits its prompt and pleases, by a BLIP image-grounded text encoder (Xu et al. 2023).
+"""ImageReward: how well an image fits its prompt and how people like it, by a BLIP image-grounded text encoder (Xu et al. 2023).
 
 Source: the `image-reward` package (`ImageReward.py`, `models/BLIP`), here on transformers' BLIP classes. Several
 defaults of these have the right shapes and give wrong scores, hence the explicit configuration below.

@@ -292,11 +292,11 @@ def _check_open_clip(model_config: Any, path: Path) -> None:
         if not isinstance(tower.get("layers", 1), (int, list)) or isinstance(tower.get("layers"), int) and tower["layers"] > MOST_LAYERS:
             raise RewardError(f"{path}: layers is {str(tower['layers'])[:40]}, expected at most {MOST_LAYERS}")
     if towers[1].get("hf_tokenizer_name") is not None:
-        if not any(path.with_name(name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
-            raise RewardError(f"{path}: text_cfg.hf_tokenizer_name needs the tokenizer's files beside it; another place is not asked.")
         for config in (path.with_name("tokenizer_config.json"), path.with_name("config.json")):
             if config.is_file() and "auto_map" in files.read_json(config):
                 raise RewardError(f"{config}: auto_map names Python code to run, so it is refused; give a tokenizer that transformers has itself")
+        if not any(path.with_name(name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt")):
+            raise RewardError(f"{path}: text_cfg.hf_tokenizer_name needs the tokenizer's files beside it; another place is not asked.")
     given = towers[1].get("tokenizer_kwargs", {})
     if not isinstance(given, dict) or not set(given) <= {"context_length", "clean", "reduction_mask"}:
         raise RewardError(f"{path}: text_cfg.tokenizer_kwargs is {str(given)[:80]}; expected clean, context_length or reduction_mask")

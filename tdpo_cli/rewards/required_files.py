@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,7 @@ def _local_files(folder: Path, hub_id: str, needed: Sequence[Sequence[str]]) -> 
     result = []
     for names in needed:
         path = next((str(folder / name) for name in names if (folder / name).is_file()), None)
-        result.append(File(names[0], str(folder), path, hub_id, f" --local-dir {folder}"))
+        result.append(File(names[0], str(folder), path, hub_id, f" --local-dir {shlex.quote(str(folder))}"))
     return result
 
 

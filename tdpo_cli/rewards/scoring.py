@@ -24,7 +24,7 @@ def score_images(
     batch_size: int,
     on_scored: Callable[[int], None] = lambda scores: None,
 ) -> dict[str, Tensor]:
-    """images [B,3,H,W] in [0,1], one prompt each -> name -> [B] float32 on the CPU. `on_scored` hears of finished scores."""
+    """images [B,3,H,W] in [0,1], one prompt each -> name -> [B] float32 on the CPU. `on_scored` is called with the number of finished scores."""
     scores: dict[str, Tensor] = {}
     for name, reward in scorers.items():
         parts = []

@@ -95,7 +95,7 @@ def _own_prompt(path: Path) -> str | None:
 
 
 def _header(path: Path) -> dict | None:
-    """Pillow's `info`, without decoding pixels; None where it is no image."""
+    """Pillow's `info`, without decoding pixels; None where it is not an image."""
     try:
         with outside.open_regular(path) as file, outside.open_image(file) as image:
             return dict(image.info)

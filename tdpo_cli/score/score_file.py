@@ -174,13 +174,13 @@ class ScoreFile:
 
     @staticmethod
     def _checked(row: Row) -> Row:
-        """Raises ValueError for what is no name, prompt or finite number."""
+        """Raises ValueError for what is not a name, prompt or finite number."""
         image, prompt, *scores = row.values()
         if not outside.is_text(image) or not (prompt is None or outside.is_text(prompt)):
-            raise ValueError("the image or the prompt is no text")
+            raise ValueError("the image or the prompt is not text")
         for score in scores:
             if score is not None and (type(score) not in (int, float) or not abs(score) <= sys.float_info.max):
-                raise ValueError("a score is no finite number")
+                raise ValueError("a score is not a finite number")
         return row
 
     # --- writing --------------------------------------------------------------------------------------------------------

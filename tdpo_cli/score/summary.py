@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tdpo_cli.console import Console, significant
+from tdpo_cli.rewards import short_name
 from tdpo_cli.score.score_file import Row
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -62,8 +63,10 @@ def show(summary: dict[str, dict[str, Any]], console: Console) -> None:
     for name, one in summary.items():
         quantiles = one["quantiles"].values() if one["quantiles"] else [None] * len(QUANTILES)
         numbers = [one["mean"], one["std"], *quantiles]
-        rows.append([name, f"{one['count']:,}", *(significant(number, 4) for number in numbers)])
+        rows.append([short_name(name), f"{one['count']:,}", *(significant(number, 4) for number in numbers)])
     console.table(columns, rows)
     for name, one in summary.items():
         for end in ("best", "worst"):
-            console.say(f"{end} {name}: " + (", ".join(f"{entry['image']} ({significant(entry['score'], 4)})" for entry in one[end]) or "-"))
+            console.say(
+                f"{end} {short_name(name)}: " + (", ".join(f"{entry['image']} ({significant(entry['score'], 4)})" for entry in one[end]) or "-")
+            )

@@ -135,7 +135,7 @@ class RunDir:
 
     # --- metrics --------------------------------------------------------------------------------------------------------
     def read_metrics(self, rewards: Sequence[str] = ()) -> list[dict[str, Any]]:
-        """The whole lines of metrics.jsonl, their epochs ascending; a torn last line is no line.
+        """The whole lines of metrics.jsonl, their epochs ascending; a torn last line does not count.
 
         `rewards` are those whose columns every row must have. Raises RequestError for a damaged line.
         """
@@ -168,14 +168,14 @@ class RunDir:
                 raise
 
     def take_back_metrics(self, first_epoch: int, warn: Callable[[str], None] = lambda text: None) -> None:
-        """Drop the rows of epochs that will be run again; mend what is damaged from the copy in the state before them."""
+        """Drop the rows of epochs that will be run again; repair what is damaged from the copy in the state before them."""
         file, lines = self.path / "metrics.jsonl", self._metric_lines()
         copy = self.path / "state" / epoch_name(first_epoch - 1) / "metrics.jsonl"
         if copy.exists():
             wanted = copy.read_text().splitlines(keepends=True)
             bad = next((i for i, line in enumerate(wanted) if lines[i : i + 1] != [line]), None)
             if bad is not None:
-                warn(f"{file}: line {bad + 1} is {'damaged' if bad < len(lines) else 'missing'}; mended from the copy in {copy.parent}.")
+                warn(f"{file}: line {bad + 1} is {'damaged' if bad < len(lines) else 'missing'}; repaired from the copy in {copy.parent}.")
         else:
             wanted = [json.dumps(row) + "\n" for row in self.read_metrics() if row["epoch"] < first_epoch] if first_epoch else []
         disk.write_text(file, "".join(wanted))
@@ -380,7 +380,7 @@ def damage(folder: Path) -> str | None:
         except OSError as error:
             return f"{folder / name} cannot be read ({error.strerror})"
     if folder.name.startswith("epoch_") and folder.name != epoch_name(manifest.epoch):
-        return f"{folder / 'manifest.json'} is damaged (it speaks of epoch {manifest.epoch})"
+        return f"{folder / 'manifest.json'} is damaged (it names epoch {manifest.epoch})"
     return None
 
 
@@ -475,7 +475,7 @@ def _row_problem(row: Any, before: Sequence[dict[str, Any]], columns: Sequence[s
         return f"{named(lost)} is missing"
     for name, value in row.items():
         for number in value if isinstance(value, list) else (value,):
-            if isinstance(number, (int, float)) and not abs(number) < LARGEST:
+            if isinstance(number, (int, float)) and abs(number) >= LARGEST:  # NaN is read, as a missing value
                 return f"{named(name)} is out of range"
             if not isinstance(number, (int, float, type(None))):
                 return f"{named(name)} is not a number"

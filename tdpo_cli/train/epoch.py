@@ -12,7 +12,7 @@ from torch import Tensor
 from tdpo_cli.algorithms.base import credit as credit_of
 from tdpo_cli.algorithms.base import usable
 from tdpo_cli.console import Console
-from tdpo_cli.errors import RequestError, WorkError
+from tdpo_cli.errors import RequestError, WorkError, described
 from tdpo_cli.machine import memory
 from tdpo_cli.randomness import shuffle_plan, unshuffled
 from tdpo_cli.rewards import scoring
@@ -129,7 +129,7 @@ def _scores(job: Job, trajectory: Trajectory, advance: Callable[[int], None]) ->
             if isinstance(error, RequestError) or memory.exhausted(error):
                 raise
             raise WorkError(
-                f"epoch {trajectory.epoch}: reward {name} failed: {type(error).__name__}: {error}. The last finished epoch is safe on disk."
+                f"epoch {trajectory.epoch}: reward {name} failed: {described(error).rstrip('.')}. The last finished epoch is safe on disk."
             ) from error
     return scores
 

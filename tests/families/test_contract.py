@@ -121,7 +121,7 @@ def test_negative_prompt_is_the_pipelines(case):
 
 def test_size_that_nobody_asks_for_is_the_pipelines(case):
     if not case.call.default_size:
-        pytest.skip("this pipeline's own size is no property of the folder")
+        pytest.skip("this pipeline's own size is not a property of the folder")
     policy, pipeline = case.load(trainable=False, resolution=None), case.plain
     latent = torch.zeros(1, *policy.latent_shape)
     theirs = pipeline(SHORT, num_inference_steps=1, guidance_scale=1.0, output_type="pt").images

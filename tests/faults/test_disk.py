@@ -56,7 +56,7 @@ def flip(file):
 def test_a_manifest_of_another_epoch_is_damaged(run):
     file = run / "state/epoch_0002/manifest.json"
     file.write_text(file.read_text().replace('"epoch": 2', '"epoch": 6'))
-    assert damage(file.parent) == f"{file} is damaged (it speaks of epoch 6)"
+    assert damage(file.parent) == f"{file} is damaged (it names epoch 6)"
 
 
 def remove(file):
@@ -108,11 +108,11 @@ def double_a_line(file):
 
 
 @pytest.mark.parametrize("hurt, line", [(flip, 2), (cut, 3), (remove, 1), (lose_a_line, 2), (double_a_line, 3)])
-def test_damaged_metrics_are_mended_from_the_state(run, straight, hurt, line):
+def test_damaged_metrics_are_repaired_from_the_state(run, straight, hurt, line):
     hurt(run / "metrics.jsonl")
     outcome = resume(run)
     assert outcome.status == 0, outcome.err
-    assert f"metrics.jsonl: line {line} is " in outcome.err and "mended" in outcome.err
+    assert f"metrics.jsonl: line {line} is " in outcome.err and "repaired" in outcome.err
     assert (run / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
 
 
@@ -216,7 +216,7 @@ def test_samples_and_scores_on_a_full_disk_are_failures_with_one_message(place, 
     assert outcome.status == 1 and "writing failed: No space left on device" in outcome.err and "Traceback" not in outcome.err
 
 
-# --- what is no failing disk ------------------------------------------------------------------------------------------------
+# --- what is not a failing disk ------------------------------------------------------------------------------------------------
 def test_memory_that_runs_out_while_something_is_written_is_not_the_disks_fault(tmp_path):
     with pytest.raises(torch.OutOfMemoryError), disk.whole(tmp_path / "file"):
         raise torch.OutOfMemoryError("no memory")

@@ -53,7 +53,7 @@ def test_a_broken_score_skips_the_steps_that_hold_it_and_only_them(tmp_path, num
     assert len(warnings) == 2
     assert f"epoch 1: reward {name} gave 1 non-finite scores, for 'a " in warnings[0]
     assert "epoch 1, inner epoch 0, optimizer step " in warnings[1] and "non-finite policy loss, for 'a " in warnings[1]
-    assert "skipped 2 of 4 steps" in outcome.err
+    assert "skipped 2 of 4 optimizer steps" in outcome.err
     state = RunDir(run).load_state()[1]
     assert state["bad_steps"] == 2 and all(tensor.isfinite().all() for tensor in state["policy"].values())
     assert all(math.isfinite(reward) for rewards in state["algorithm"]["returns"]["moments"]["recent"].values() for reward in rewards)

@@ -40,7 +40,7 @@ def test_nothing_recorded_is_left_out(replayed, request):
 
 
 def test_a_change_of_one_percent_in_one_element_is_noticed(replayed):
-    """Of every compared tensor: its largest element, and others far enough from zero that 1 % of them is no rounding."""
+    """Of every compared tensor: its largest element, and others far enough from zero that 1 % of them is not rounding."""
     generator = torch.Generator().manual_seed(0)
     unnoticed = []
     # a tensor may be compared twice, the second time more closely with recorded inputs

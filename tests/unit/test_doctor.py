@@ -8,6 +8,8 @@ import pytest
 from helpers import make_preset, tdpo
 
 from tdpo_cli import doctor
+from tdpo_cli.console import Console
+from tdpo_cli.errors import WorkError
 from tdpo_cli.rewards import required_files
 from tdpo_cli.sandbox import ZOO
 
@@ -89,3 +91,16 @@ def test_old_library_is_said(monkeypatch):
     monkeypatch.setattr(doctor.metadata, "version", lambda name: "0.1" if name == "peft" else version(name))
     result = tdpo("doctor")
     assert result.status == 1 and "peft 0.1, needs >=" in result.err
+
+
+def test_fetch_runs_the_commands_of_what_is_missing(tmp_path, monkeypatch):
+    said = tmp_path / "said"
+    (tmp_path / "hf").write_text(f'#!/bin/sh\necho "$@" >> {said}\n')
+    (tmp_path / "hf").chmod(0o755)
+    monkeypatch.setattr(doctor, "HF", str(tmp_path / "hf"))
+    files = [required_files.File("a.bin", "owner/name", None, "owner/name", " --revision main"), required_files.File("here", "o/n", "/here", "o/n")]
+    doctor.download(files, Console(quiet=True))
+    assert said.read_text() == "download owner/name a.bin --revision main\n"
+    (tmp_path / "hf").write_text("#!/bin/sh\nexit 3\n")
+    with pytest.raises(WorkError, match="hf auth login"):
+        doctor.download(files, Console(quiet=True))

@@ -53,7 +53,7 @@ def test_a_planted_phrase_is_found(sentence, instead):
     assert instead in [words for _, _, words in found(sentence)]
 
 
-@pytest.mark.parametrize("sentence", ["There is no run there.", "A run tells apart two seeds.", "It is no longer read.", "Stopped: see above."])
+@pytest.mark.parametrize("sentence", ["There is no run there.", "Two seeds are told apart.", "It is no longer read.", "Stopped: see above."])
 def test_plain_sentences_pass(sentence):
     assert found(sentence) == []
 

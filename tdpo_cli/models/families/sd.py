@@ -50,7 +50,7 @@ class StableDiffusion(Family):
         return unet(x.to(unet.dtype), t, encoder_hidden_states=texts.parts["embeds"].to(unet.dtype), return_dict=False)[0]
 
     def normal_form(self, prompt: str) -> str:
-        """As the official code decodes it: with the padding, which is no special token in Stable Diffusion 2."""
+        """As the official code decodes it: with the padding, which is not a special token in Stable Diffusion 2."""
         tokenizer = self.pipeline.tokenizer
         ids = tokenizer([prompt], padding="max_length", max_length=self.prompt_limit, truncation=True).input_ids[0]
         return tokenizer.decode(ids, skip_special_tokens=True)
@@ -78,7 +78,7 @@ def latent_size(unet: nn.Module) -> tuple[int, int]:
     if size is None:
         raise RequestError("the UNet's config.json does not say sample_size, the side of a latent (64 for 512 pixels).")
     height, width = (size, size) if isinstance(size, int) else size
-    # the first Stable Diffusion uploads said 32 and meant 64; diffusers' own pipeline mends them alike
+    # the first Stable Diffusion uploads said 32 and meant 64; diffusers' own pipeline repairs them in the same way
     if size == 32 and _version(unet.config.get("_diffusers_version", "9")) < (0, 9):
         height = width = 64
     return height, width

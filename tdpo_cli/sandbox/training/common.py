@@ -17,7 +17,7 @@ from tdpo_cli.sandbox.world import LARGEST, Scene, sample_scenes
 
 
 def steps(name: str, total: int, every: int = 100) -> Iterator[int]:
-    """Count through a training loop and say now and then how far it is."""
+    """Count through a training loop and print at times how far it is."""
     start = time.process_time()
     for step in range(total):
         yield step

@@ -213,7 +213,7 @@ def test_a_state_of_another_lora_rank_is_named(run):
     (run / "preset.json").write_text(json.dumps(recorded))
     before = (run / "metrics.jsonl").read_bytes()
     message = refused(tdpo("train", "--resume", "--out", run, "--epochs", 2))
-    assert "saved policy weights do not fit this model" in message and "Was model.lora_rank or model.base changed?" in message
+    assert "preset.json: changed since epoch_0000 was saved" in message
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
@@ -300,7 +300,7 @@ def test_other_errors_are_no_memory_errors():
 
 # --- anything at all --------------------------------------------------------------------------------------------------------
 def calm(examples):
-    """The same examples every time, without the slow tests a fifth of them; a slow machine is no failure."""
+    """The same examples every time, without the slow tests a fifth of them; a slow machine is not a failure."""
     count = examples if helpers.thorough else examples // 5
     return settings(max_examples=count, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 

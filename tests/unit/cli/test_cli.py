@@ -89,7 +89,8 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("command", OPTIONS)
-def test_every_option_of_the_contract_is_there(command):
+def test_every_option_of_the_contract_is_there(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     shown = tdpo(command, "--help").out
     assert [option for option in OPTIONS[command].split() if option not in shown] == []
 
@@ -206,3 +207,10 @@ def test_no_color_is_honoured(environment, coloured):
     )
     assert "warning: yellow" in process.stderr
     assert ("\x1b[33m" in process.stderr) is coloured
+
+
+def test_a_dry_run_gives_no_figure_of_another_model(elsewhere):
+    outcome = tdpo("train", "--preset", "qwen-image-grpo-pickscore", "--dry-run", "--json")
+    facts = json.loads(outcome.out)
+    assert facts["peak_memory_bytes"] is None and facts["flops_per_epoch"] is None
+    assert "memory unknown until downloaded" in tdpo("train", "--preset", "qwen-image-grpo-pickscore", "--dry-run").err

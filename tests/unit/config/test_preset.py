@@ -142,7 +142,7 @@ def test_a_batch_that_does_not_divide_names_the_nearest_that_do():
 @pytest.mark.parametrize(
     "overrides, part",
     [
-        ([("update.timestep_fraction", 0.01)], "is no step at all. Use at least 0.02"),
+        ([("update.timestep_fraction", 0.01)], "selects no step. Use at least 0.02"),
         ([("algorithm.name", "grpo"), ("rollout.images_per_prompt", 7)], "rollout.images_per_prompt 7 does not divide rollout.samples_per_epoch 256"),
         ([("algorithm.name", "grpo"), ("rollout.samples_per_epoch", 260), ("update.batch_size", 130)], "rollout.images_per_prompt 8 does not divide"),
         ([("reward.buffer_size", 8)], "reward.min_count 16 is never reached with reward.buffer_size 8"),

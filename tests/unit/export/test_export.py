@@ -155,7 +155,7 @@ def test_the_metadata_says_how_the_checkpoint_came_about(exported):
     assert facts["ss_network_module"] == "networks.lora" and facts["ss_network_dim"] == str(RANK) and facts["ss_network_alpha"] == f"{RANK}.0"
     assert (facts["ss_output_name"], facts["ss_sd_model_name"], facts["ss_seed"], facts["ss_epoch"]) == ("exported", "sandbox", "5", "8")
     assert facts["ss_training_comment"].endswith("tdpo-r on the reward gold, epoch_0007")
-    assert "ss_base_model_version" not in facts  # the sandbox's model is no Stable Diffusion
+    assert "ss_base_model_version" not in facts  # the sandbox's model is not Stable Diffusion
 
 
 # --- SDXL ---------------------------------------------------------------------------------------------------------------------

@@ -557,7 +557,7 @@ def test_a_line_with_nan_is_read_as_missing(tmp_path):
 
 def test_without_a_spread_at_epoch_0_a_reward_is_named_instead_of_drawn(tmp_path):
     _, document = report(make_run(tmp_path / "run", epochs=3, changed={0: {"rewards/gold/std": None}}))
-    assert "Not drawn, for want of a mean and a spread at epoch 0: gold." in document.text("p", "note")
+    assert "Not drawn, because epoch 0 has no mean or no spread: gold." in document.text("p", "note")
     assert len(document.data("readings")[0]["values"]) == 3
 
 
@@ -648,7 +648,7 @@ def test_a_damaged_line_is_named_and_no_page_is_written(tmp_path):
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text(lines[0] + "{broken\n" + lines[2])
     outcome = tdpo("report", folder)
-    assert outcome.status == 1 and "metrics.jsonl: line 2 is damaged" in outcome.err
+    assert outcome.status == 2 and "metrics.jsonl: line 2 is damaged" in outcome.err
     assert not (folder / "report.html").exists()
 
 

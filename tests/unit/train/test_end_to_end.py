@@ -168,7 +168,7 @@ def test_preview_images_are_labelled_grids_that_change_with_the_policy(straight)
 
 def test_what_was_said_is_in_the_log(straight):
     log = (straight / "log.txt").read_text()
-    assert "epoch 0 (1/2)" in log and "epoch 1 (2/2)" in log and "what to try next" in log
+    assert "\n  0/1 " in log and "\n  1/1 " in log and "what to try next" in log
 
 
 def test_manifests_hold_epoch_preset_and_true_hashes(straight):
@@ -312,7 +312,7 @@ def test_samples_come_with_metadata_and_a_grid(samples):
     assert all({"file_name", "text"} <= set(line) for line in lines)
     assert [line["text"] for line in lines] == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2
     listed = {line["file_name"] for line in lines}
-    assert len(listed) == 4 and files(samples) == listed | {"metadata.jsonl", "grid.png"}
+    assert len(listed) == 4 and files(samples) == listed | {"metadata.jsonl", "grid.png", ".lock"}
     assert {Image.open(samples / name).size for name in listed} == {(32, 32)}
     assert Image.open(samples / "grid.png").width > 2 * 128
 

@@ -128,7 +128,7 @@ def test_keys_that_old_uploads_have_too_many_are_harmless(folder, expected):
 
 
 @pytest.mark.parametrize(("version", "said", "side"), [("0.4.0", 32, 64), ("0.17.1", 32, 32), ("0.4.0", 8, 8)])
-def test_the_first_uploads_latent_size_is_mended(folder, version, said, side):
+def test_the_first_uploads_latent_size_is_repaired(folder, version, said, side):
     edit(folder / "unet/config.json", _diffusers_version=version, sample_size=said)
     assert load(folder).latent_shape == (4, side, side)
 

@@ -55,7 +55,7 @@ _REWARDS = {
 }
 
 # their score also takes uint8 levels in place of floats, with the same result
-TAKES_LEVELS = frozenset(_REWARDS) - {"gold"}
+TAKES_LEVELS = frozenset({*LEARNED, "hpsv2.1", "jpeg-compressibility", "jpeg-incompressibility"})
 
 
 def names() -> tuple[str, ...]:

@@ -54,6 +54,9 @@ _REWARDS = {
     "safety": ("tdpo_cli.rewards.safety", "safety", False),
 }
 
+# their score also takes uint8 levels in place of floats, with the same result
+TAKES_LEVELS = frozenset({*LEARNED, "hpsv2.1", "jpeg-compressibility", "jpeg-incompressibility"})
+
 
 def names() -> tuple[str, ...]:
     """The built-in rewards."""

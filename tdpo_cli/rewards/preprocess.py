@@ -8,13 +8,15 @@ int32 sums, which no matmul precision setting (TF32, bf16) can change.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 CropOffset = Literal["floor", "round"]
@@ -24,7 +26,22 @@ OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, 
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _FRACTION_BITS = 22  # of a coefficient: 32 bits, less 8 for the pixel, less 2 of headroom (Pillow, Resample.c)
+_PILLOW_RATIO = 4  # of the sides: Pillow also makes what is cropped off, which for a long strip is gigabytes
 _GPU_PLANES = 192  # colour planes per kernel; bounds the int32 copies to 0.4 GB for 512 px images
+
+
+_resized: dict[tuple, tuple[Tensor, Tensor]] | None = None  # in `resizing_once`: what was asked for -> source, result
+
+
+@contextmanager
+def resizing_once() -> Iterator[None]:
+    """Within: several rewards of one uint8 batch share its resized pixels. The batch must not change."""
+    global _resized
+    _resized = {}
+    try:
+        yield
+    finally:
+        _resized = None
 
 
 def frame(images: Tensor, size: int, framing: Framing = "floor") -> Tensor:
@@ -36,7 +53,7 @@ def frame(images: Tensor, size: int, framing: Framing = "floor") -> Tensor:
 def resize_crop(images: Tensor, size: int, crop_offset: CropOffset = "floor") -> Tensor:
     """Resize the shortest side to `size` (bicubic, antialiased), then cut the central square.
 
-    images [b,3,H,W] float in [0,1], quantised to 8 bits as a saved file would be -> [b,3,size,size] float32, whole
+    images [b,3,H,W] float in [0,1], quantised to 8 bits as a saved file would be, or uint8 -> [b,3,size,size] float32, whole
     numbers 0..255. `crop_offset` is where the processors differ: (n - size) // 2 in transformers ("floor"),
     round((n - size) / 2) in torchvision ("round"). Images already of that size are only quantised.
 
@@ -45,8 +62,9 @@ def resize_crop(images: Tensor, size: int, crop_offset: CropOffset = "floor") ->
     levels; the published scores are older than that, so the pass along the rows always comes first here.
     """
     height, width = images.shape[-2:]
-    longest = int(size * max(height, width) / min(height, width))
-    new_height, new_width = (longest, size) if height >= width else (size, longest)
+    new_height, new_width = _shortest_to(size, height, width)
+    if images.dtype == torch.uint8 and images.device.type == "cpu" and max(new_height, new_width) <= _PILLOW_RATIO * size:
+        return _resize_levels(images, size, crop_offset)
     horizontal = _band(width, new_width, _central(new_width, size, crop_offset), size, images.device)
     vertical = _band(height, new_height, _central(new_height, size, crop_offset), size, images.device)
 
@@ -68,8 +86,34 @@ def resize_crop(images: Tensor, size: int, crop_offset: CropOffset = "floor") ->
     return resized.view(*images.shape[:-2], size, size)
 
 
+def _shortest_to(size: int, height: int, width: int) -> tuple[int, int]:
+    longest = int(size * max(height, width) / min(height, width))
+    return (longest, size) if height >= width else (size, longest)
+
+
+def _resize_levels(images: Tensor, size: int, crop_offset: CropOffset) -> Tensor:
+    """`resize_crop` of [b,3,H,W] uint8 on the CPU, by Pillow: from whole levels it is the faster way."""
+    key = (images.data_ptr(), images.shape, images.stride(), size, crop_offset)
+    if _resized is not None and key in _resized:
+        return _resized[key][1]
+    height, width = images.shape[-2:]
+    new_height, new_width = _shortest_to(size, height, width)
+    left, top = _central(new_width, size, crop_offset), _central(new_height, size, crop_offset)
+    resized = np.empty((len(images), size, size, 3), dtype=np.uint8)
+    for levels, image in zip(resized, images.permute(0, 2, 3, 1).contiguous().numpy(), strict=True):
+        # one axis a call: newer versions choose the order of the two passes by the shape
+        across = Image.fromarray(image).resize((new_width, height), Image.Resampling.BICUBIC)
+        levels[:] = across.resize((new_width, new_height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    result = torch.from_numpy(resized).permute(0, 3, 1, 2).float()
+    if _resized is not None:
+        _resized[key] = images, result  # the source too: while it lives, no other has its address
+    return result
+
+
 def quantise(images: Tensor) -> Tensor:
-    """The grey levels a PNG of these images would hold: [0,1] of any float type -> float32, whole numbers 0..255."""
+    """The grey levels a PNG of these images would hold: [0,1] of any float type, or uint8 -> float32, whole numbers 0..255."""
+    if images.dtype == torch.uint8:
+        return images.contiguous().float()
     return images.float().mul(255).round_().clamp_(0, 255)
 
 

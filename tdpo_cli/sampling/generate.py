@@ -44,12 +44,13 @@ def generate(
     decode_chunk: int | None = None,
 ) -> Iterator[Tensor]:
     """Images of prompts, a batch at a time. Noise depends on (randomness, sample id) only. Yields [b,3,H,W] in [0,1]."""
+    noisy = (policy.sampler.std > 0).tolist()  # where a step has no noise, none is drawn
     for start in range(0, len(prompts), batch_size):
         ids = sample_ids[start : start + batch_size]
         with torch.inference_mode():
             texts, rows = encode(policy, prompts[start : start + batch_size])
             x_T = randomness.initial_latents(0, ids, policy.latent_shape).to(policy.device)
-            noise = lambda k, ids=ids: randomness.step_noise(0, k, ids, policy.latent_shape)
+            noise = lambda k, ids=ids: randomness.step_noise(0, k, ids, policy.latent_shape) if noisy[k] else torch.zeros(1)
             for *_, x_0 in denoise(policy, texts, rows, x_T, noise, guidance):  # noqa: B007 - the last one is decoded
                 on_step(len(ids))
             images = torch.cat([policy.decode(chunk) for chunk in x_0.split(decode_chunk or len(ids))])

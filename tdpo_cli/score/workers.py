@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tdpo_cli import rewards
 from tdpo_cli.errors import RequestError, WorkError, first_line
-from tdpo_cli.rewards import scoring
+from tdpo_cli.rewards import preprocess, scoring
 from tdpo_cli.rewards.backbones import Backbones
 from tdpo_cli.score import request
 from tdpo_cli.score.captions import Item
@@ -115,10 +115,17 @@ class Scorer:
     def _score(self, rows: list[Row], batch: Sequence[tuple[int, Tensor]]) -> Iterator[Problem]:
         """Fill the rows of a batch."""
         mine = [rows[index] for index, _ in batch]
-        images = torch.stack([pixels for _, pixels in batch]).to(self.device).float().div_(255)
+        # stacked as decoded, with the colours last: Pillow resizes that without another copy
+        levels = torch.stack([pixels.permute(1, 2, 0) for _, pixels in batch]).permute(0, 3, 1, 2).to(self.device)
+        images = None if rewards.TAKES_LEVELS.issuperset(self.rewards) else preprocess.quantise(levels).div_(255)
         prompts = [row["prompt"] or "" for row in mine]
-        for name, reward in self.rewards.items():
-            for row, score in zip(mine, self._scores(name, reward, images, prompts), strict=True):
+        with preprocess.resizing_once():
+            scores = {
+                name: self._scores(name, reward, levels if name in rewards.TAKES_LEVELS else images, prompts)
+                for name, reward in self.rewards.items()
+            }
+        for name, found in scores.items():
+            for row, score in zip(mine, found, strict=True):
                 if isinstance(score, str):
                     yield row["image"], score
                 elif math.isfinite(score):

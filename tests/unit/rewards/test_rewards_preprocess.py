@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tdpo_cli.rewards.preprocess import OPENAI_MEAN, OPENAI_STD, _band, letterbox, normalise, quantise, resize_crop
+from tdpo_cli.rewards.preprocess import OPENAI_MEAN, OPENAI_STD, _band, letterbox, normalise, quantise, resize_crop, resizing_once
 
 torch.set_num_threads(1)
 
@@ -46,8 +46,20 @@ def pillow(levels: np.ndarray, size: int, offset) -> np.ndarray:
 def test_resize_crop_equals_pillow_to_the_last_grey_level(height, width, size, seed):
     levels = random_levels(height, width, seed)
     for crop_offset, offset in (("floor", lambda n: n // 2), ("round", lambda n: round(n / 2))):
-        found = resize_crop(to_tensor(levels), size, crop_offset)[0].permute(1, 2, 0).numpy()
-        assert (found == pillow(levels, size, offset)).all()
+        for images in (to_tensor(levels), torch.from_numpy(levels).permute(2, 0, 1)[None]):
+            found = resize_crop(images, size, crop_offset)[0].permute(1, 2, 0).numpy()
+            assert (found == pillow(levels, size, offset)).all()
+
+
+def test_levels_are_resized_once_for_several_rewards_and_anew_for_other_levels():
+    levels = torch.from_numpy(np.stack([random_levels(40, 50, seed) for seed in (0, 1)])).permute(0, 3, 1, 2)
+    with resizing_once():
+        first = resize_crop(levels, 32)
+        assert resize_crop(levels, 32) is first
+        for other in (resize_crop(levels[1:], 32), resize_crop(levels.clone()[1:], 32)):
+            assert torch.equal(other, first[1:])
+        assert torch.equal(resize_crop(levels, 16), resize_crop(levels / 255, 16))
+    assert resize_crop(levels, 32) is not first
 
 
 @pytest.mark.parametrize("height,width", [(512, 512), (301, 640), (224, 150), (64, 64), (1000, 501)])

@@ -1,7 +1,7 @@
 """CPU time of a command's imports, each module's own and with what it imports first, by `-X importtime`.
 
-    python benchmarks/start.py
-    python benchmarks/start.py --imports tdpo_cli.score.score --top 10
+python benchmarks/start.py
+python benchmarks/start.py --imports tdpo_cli.score.score --top 10
 """
 
 from __future__ import annotations

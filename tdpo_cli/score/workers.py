@@ -121,8 +121,7 @@ class Scorer:
         prompts = [row["prompt"] or "" for row in mine]
         with preprocess.resizing_once():
             scores = {
-                name: self._scores(name, reward, levels if name in rewards.TAKES_LEVELS else images, prompts)
-                for name, reward in self.rewards.items()
+                name: self._scores(name, reward, levels if name in rewards.TAKES_LEVELS else images, prompts) for name, reward in self.rewards.items()
             }
         for name, found in scores.items():
             for row, score in zip(mine, found, strict=True):

@@ -98,10 +98,11 @@ def closing(report: dict[str, Any], preset: Preset, console: Console) -> None:
     console.say()
     how = f"stopped after {report['epochs']} of {preset.run.epochs}" if report["stopped"] else f"done: {report['epochs']}"
     console.say(f"{how} epochs in {duration(report['seconds'])}", style="bold")
+    console.say("mean in the first and last epoch; rise: last fifth of the epochs against the first")
     for name, reward in report["rewards"].items():
         role = "trained" if name in (preset.trained, *preset.weights) else "constraint" if name in preset.reward.at_least else "watched"
         rise = "-" if reward["rise"] is None else f"{reward['rise']:+.2f} sd"
-        console.say(f"  {name:<14} {role}  {_shown(reward['first'])} -> {_shown(reward['last'])}  ({rise}, last fifth against first fifth)")
+        console.say(f"  {name:<14} {role}  {_shown(reward['first'])} -> {_shown(reward['last'])}  rise {rise}")
     console.say()
     console.say(f"verdict: {report['verdict']['sentence']}", style="bold")
     console.say()
@@ -117,9 +118,14 @@ def closing(report: dict[str, Any], preset: Preset, console: Console) -> None:
     prompt, run = shlex.quote(prompts.load(preset.rollout.prompts)[0]), shlex.quote(run)
     console.say()
     console.say("what to try next", style="bold")
-    console.say(f"  tdpo cross-eval {run}        # base model and checkpoints on held-out prompts: better, or cheating?")
-    console.say(f"  tdpo sample {run} {prompt} --per-prompt 8")
-    console.say(f"  tdpo train --resume --out {run} --epochs {preset.run.epochs * 2}        # train on")
     preset_file = shlex.quote(f"{report['run']}/preset.json")
     others = [name for name in ALGORITHMS if name != preset.algorithm.name]
-    console.say(f"  tdpo train --preset {preset_file} --algorithm {others[0]}        # the same with another algorithm")
+    steps = {
+        "better, or cheating? base and checkpoints on held-out prompts:": f"tdpo cross-eval {run}",
+        "more images:": f"tdpo sample {run} {prompt} --per-prompt 8",
+        "more epochs:": f"tdpo train --resume --out {run} --epochs {preset.run.epochs * 2}",
+        "another algorithm:": f"tdpo train --preset {preset_file} --algorithm {others[0]}",
+    }
+    for why, command in steps.items():
+        console.say(f"  {why}")
+        console.say(f"    {command}")

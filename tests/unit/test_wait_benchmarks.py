@@ -43,7 +43,8 @@ def test_difference_of_scores_is_in_their_standard_deviations():
 
 
 def test_import_times_are_summed_by_library():
-    report = "import time: self [us] | cumulative | imported package\nimport time:       100 |        100 |   torch.a\nimport time:        50 |        150 | torch\n"
+    head = "import time: self [us] | cumulative | imported package\n"
+    report = head + "import time:       100 |        100 |   torch.a\nimport time:        50 |        150 | torch\n"
     assert start.rows(report) == [("torch.a", 1, 100, 100), ("torch", 0, 50, 150)]
     assert start.by_library(start.rows(report)) == {"torch": 150}
 

@@ -22,6 +22,7 @@ app = typer.Typer(
     "and see when the reward is being over-optimised.",
     no_args_is_help=True,
     rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 COMMANDS = {

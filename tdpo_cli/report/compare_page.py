@@ -13,7 +13,7 @@ from tdpo_cli.overoptimisation.verdict import standardised
 from tdpo_cli.report.charts import Chart, Rows, Series, line_chart
 from tdpo_cli.report.html import escape, page, section, table
 from tdpo_cli.report.numbers import finite, signed
-from tdpo_cli.report.palette import MOODS
+from tdpo_cli.report.palette import verdict_box
 
 LOOKS = ("trained", "s1", "s2", "s3", "s4", "s5", "s6", "gold")  # classes of page.css, by run
 MOST_RUNS = len(LOOKS)
@@ -55,11 +55,10 @@ def _verdicts(runs: Sequence[Run], rewards: Sequence[str]) -> str:
     for run in runs:
         epochs = f"{len(run.rows)} of {run.preset.run.epochs}"
         rises = ["–" if run.rises.get(name) is None else f"{signed(run.rises[name])} sd" for name in rewards]
-        mood = MOODS.get(run.verdict["kind"], "")
-        said = f'<span class="verdict {mood}">{escape(run.verdict["sentence"])}</span>'
-        rows.append([escape(run.name), escape(run.preset.algorithm.name), escape(run.preset.trained_words), epochs, *rises, said])
+        rows.append([escape(run.name), escape(run.preset.algorithm.name), escape(run.preset.trained_words), epochs, *rises])
+    said = "".join(verdict_box(f"{run.name}: {run.verdict['sentence']}", run.verdict["kind"]) for run in runs)
     note = "Rise: mean of the last fifth of the epochs minus mean of the first fifth, in units of epoch 0's standard deviation."
-    return table(("run", "algorithm", "trained", "epochs", *rewards, "verdict"), rows, "Verdicts") + f"<p class=note>{note}</p>"
+    return said + table(("run", "algorithm", "trained", "epochs", *rewards), rows, "Rises") + f"<p class=note>{note}</p>"
 
 
 def _chart(runs: Sequence[Run], title: str, note: str, values: Any, **more: Any) -> str:

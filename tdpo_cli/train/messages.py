@@ -98,7 +98,7 @@ def closing(report: dict[str, Any], preset: Preset, console: Console) -> None:
     console.say()
     how = f"stopped after {report['epochs']} of {preset.run.epochs}" if report["stopped"] else f"done: {report['epochs']}"
     console.say(f"{how} epochs in {duration(report['seconds'])}", style="bold")
-    console.say("mean in the first and last epoch; rise: last fifth of the epochs against the first")
+    console.say("first and last epoch; rise: last fifth of the epochs minus first fifth")
     for name, reward in report["rewards"].items():
         role = "trained" if name in (preset.trained, *preset.weights) else "constraint" if name in preset.reward.at_least else "watched"
         rise = "-" if reward["rise"] is None else f"{reward['rise']:+.2f} sd"

@@ -232,6 +232,10 @@ def counted(unet: dict[str, Any], vae: dict[str, Any], parameters: dict[str, flo
 
 def counted_transformer(net: dict[str, Any], vae: dict[str, Any], parameters: dict[str, float], vae_in_fp32: bool = False) -> Networks:
     """A flow transformer as SD3's or FLUX's: every block computes with all tokens of the image and of the prompt."""
+    if "n_layers" in net:  # Z-Image names them differently
+        layers = net["n_layers"] + 2 * net.get("n_refiner_layers", 0)
+        own = {"num_layers": layers, "num_attention_heads": net["n_heads"], "attention_head_dim": net["dim"] // net["n_heads"]}
+        net = {**net, **own, "patch_size": min(net.get("all_patch_size") or (2,))}
     flux = str(net.get("_class_name", "")).startswith("Flux")
     height, width = _sides(net.get("sample_size") or 128)  # FLUX's configs have none; its pipeline's size is 128
     patch = 2 if flux else net["patch_size"]  # FLUX packs 2 x 2 latents itself

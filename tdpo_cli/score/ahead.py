@@ -1,13 +1,16 @@
-"""Work on a list by threads, ahead of use and in order, within a budget. Nobody waits for the threads at the end."""
+"""Work on a list by threads, ahead of use and in order, within a budget. A thread that hangs is not waited for at the end."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+# seconds that threads have to end their task: one that decodes while the interpreter shuts down can abort the process
+PATIENCE = 0.5
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -69,6 +72,9 @@ class _Crew:
             self.changed.notify_all()
         for _ in self.threads:
             self.tasks.put(None)
+        end = time.monotonic() + PATIENCE
+        for thread in self.threads:
+            thread.join(max(0.0, end - time.monotonic()))
 
     def _run(self) -> None:
         while (task := self.tasks.get()) is not None:

@@ -109,13 +109,13 @@ def scaled(name):
 def advantages(patch):
     from tdpo_cli.algorithms.tdpo import TDPO
 
-    credit = TDPO.credit
+    share_out = TDPO.share_out
 
-    def shifted(self, everyone, rewards):
-        found = credit(self, everyone, rewards)
+    def shifted(self, everyone, normed):
+        found = share_out(self, everyone, normed)
         return dataclasses.replace(found, advantages=found.advantages.roll(1, 0))
 
-    patch.setattr(TDPO, "credit", shifted)
+    patch.setattr(TDPO, "share_out", shifted)
 
 
 MISTAKES = {

@@ -183,10 +183,10 @@ def test_a_run_stops_names_its_best_checkpoint_and_stays_stopped(tmp_path, monke
     kept = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert len(kept) == 3 and Path(report["best_checkpoint"]).name == kept[0] == "epoch_0007"  # spared, besides the newest two
     assert kept[-1] == f"epoch_{len(rows) - 1:04d}"
-    again = tdpo("train", "--resume", "--out", run)
+    again = tdpo("train", "--resume", "--out", run, "--trust-rewards")
     assert again.status == 0 and "stopped after epoch" in again.err
     assert len((run / "metrics.jsonl").read_text().splitlines()) == len(rows)
-    further = tdpo("train", "--resume", "--out", run, "--set", "run.stop_on_overoptimisation=none", "--epochs", len(rows) + 1)
+    further = tdpo("train", "--resume", "--out", run, "--trust-rewards", "--set", "run.stop_on_overoptimisation=none", "--epochs", len(rows) + 1)
     assert further.status == 0 and len((run / "metrics.jsonl").read_text().splitlines()) == len(rows) + 1
 
 

@@ -232,9 +232,9 @@ def test_an_error_and_a_read_without_end_are_not_waited_for():
 @pytest.mark.slow
 def test_one_ctrl_c_ends_a_read_that_hangs(folder):
     program = (
-        "import signal, sys, threading; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "import os, signal, sys, threading; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from tdpo_cli.score import captions\n"
-        "captions._header = lambda path: print('reads', flush=True) or threading.Event().wait()\n"
+        "captions._header = lambda path: os.write(1, b'reads\\n') and threading.Event().wait()\n"
         f"sys.argv = ['tdpo', 'score', {str(folder)!r}, '--rewards', 'jpeg-compressibility']\n"
         "from tdpo_cli.cli import main; main()"
     )

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from tdpo_cli.report import pictures
-from tdpo_cli.report.html import data, escape, table
 from tdpo_cli.report.numbers import change, finite, known, short, spread
 
 THUMBNAIL = 256  # px, where images are too large to be embedded as they are
@@ -25,37 +24,25 @@ class Shown:
     thumbnails: bool
 
 
-def render(result: Mapping[str, Any], folder: Path, budget: int = pictures.BUDGET) -> str:
-    """The controls, the images and the scores of the chosen prompt; nothing if no image is there."""
-    models = result["models"]
-    shown = choose(result, folder, budget)
+def gallery(result: Mapping[str, Any], folder: Path, budget: int = pictures.BUDGET) -> dict[str, Any] | None:
+    """What gallery.html needs; None if no image is there."""
+    models, shown = result["models"], choose(result, folder, budget)
     compared = [m for m in shown.models if models[m]["base"] is not None]
     if not compared:
-        return ""
+        return None
     place = {models[m]["name"]: i for i, m in enumerate(shown.models)}
-    images = [[[_uri(_file(folder, models[m], p, i), shown.thumbnails) for i in shown.images] for p in shown.prompts] for m in shown.models]
     content = {
-        "images": images,
+        "images": [[[_uri(_file(folder, models[m], p, i), shown.thumbnails) for i in shown.images] for p in shown.prompts] for m in shown.models],
         "prompts": [result["prompts"][p] for p in shown.prompts],
         "models": [models[m]["name"] for m in shown.models],
         "bases": [place.get(models[m]["base"], place[models[m]["name"]]) for m in shown.models],
         "scores": [[_scores(result, m, p) for p in shown.prompts] for m in shown.models],
     }
     first = place[models[compared[-1]]["name"]]
-    prompts = "".join(f'<option value="{i}">{escape(text)}</option>' for i, text in enumerate(content["prompts"]))
-    options = "".join(
-        f'<option value="{place[models[m]["name"]]}"{" selected" if place[models[m]["name"]] == first else ""}>{escape(models[m]["name"])}</option>'
-        for m in compared
-    )
-    rows = [[escape(name), *content["scores"][first][0][i]] for i, name in enumerate(result["rewards"])]
-    pair = "".join(_column(content, side, index, shown.thumbnails) for side, index in (("left", content["bases"][first]), ("right", first)))
-    return (
-        f'<div class="compare"><div class="controls"><label>prompt <select class="prompt">{prompts}</select></label>{_buttons("prompt")}</div>'
-        f'<div class="controls"><label>checkpoint <select class="model">{options}</select></label>{_buttons("model")}</div>'
-        f'<div class="pair">{pair}</div>'
-        f"{table(('mean score', 'base', 'checkpoint', 'difference'), rows, 'Scores of the chosen prompt')}"
-        f"{_left_out(result, shown)}{data(content, 'images')}</div>"
-    )
+    return {
+        "content": content, "first": first, "compared": [place[models[m]["name"]] for m in compared], "pixels": not shown.thumbnails,
+        "rows": [[name, *content["scores"][first][0][i]] for i, name in enumerate(result["rewards"])], "left_out": _left_out(result, shown),
+    }  # fmt: skip
 
 
 def choose(result: Mapping[str, Any], folder: Path, budget: int) -> Shown:
@@ -86,23 +73,6 @@ def fitting(models: int, prompts: int, per_prompt: int, room: int) -> tuple[int,
     return m, max(1, min(p, room // (m * k))), k
 
 
-def _column(content: Mapping[str, Any], side: str, index: int, thumbnails: bool) -> str:
-    uris = content["images"][index][0]
-    tiles = "".join(f'<img {f"""src="{uri}" """ if uri else "hidden "}alt="{escape(content["models"][index])}">' for uri in uris)
-    return (
-        f'<figure class="{side}"><figcaption>{escape(content["models"][index])}</figcaption>'
-        f'<div class="tiles{"" if thumbnails else " pixels"}" style="--n:{min(4, len(uris))}">{tiles}</div></figure>'
-    )
-
-
-def _buttons(of: str) -> str:
-    name = {"prompt": "prompt", "model": "checkpoint"}[of]
-    return "".join(
-        f'<button type="button" data-of="{of}" data-by="{by}" aria-label="{word} {name}">{sign}</button>'
-        for by, word, sign in ((-1, "previous", "◀"), (1, "next", "▶"))
-    )
-
-
 def _scores(result: Mapping[str, Any], m: int, p: int) -> list[list[str]]:
     """By reward: mean of the prompt's images under the base, under the model, and their difference."""
     model, rows = result["models"][m], []
@@ -124,7 +94,7 @@ def _left_out(result: Mapping[str, Any], shown: Shown) -> str:
     parts = [f"{len(kept)} of {total} {what}" for kept, total, what in totals if len(kept) < total]
     if shown.thumbnails:
         parts.append(f"images as JPEG of at most {THUMBNAIL} px")
-    return f"<p class=note>To keep this file small it holds {escape(', '.join(parts))}. All are in images/.</p>" if parts else ""
+    return f"To keep this file small it holds {', '.join(parts)}. All are in images/." if parts else ""
 
 
 def _file(folder: Path, model: Mapping[str, Any], prompt: int, image: int) -> Path:

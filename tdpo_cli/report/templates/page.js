@@ -124,7 +124,7 @@
   // on paper everything that is folded opens
   let opened = [];
   addEventListener("beforeprint", () => {
-    opened = [...document.querySelectorAll("details:not([open]):not(.unprinted)")];
+    opened = [...document.querySelectorAll("details:not([open])")];
     for (const one of opened) one.open = true;
   });
   addEventListener("afterprint", () => { for (const one of opened) one.open = false; });

@@ -67,11 +67,12 @@ def test_the_driver_hears_errors_and_requests(browser, tmp_path):
     assert (tmp_path / "missing.png").as_uri() in browser.requests
 
 
-def test_an_injected_script_does_not_run(browser, tmp_path):
+def test_an_injected_script_does_not_run(browser, pages, tmp_path):
     file = tmp_path / "page.html"
-    html.save(html.page("t", "<p>before</p><script>document.querySelector('p').textContent = 'after'</script>"), file)
+    injected = "<p id=it>before</p><script>document.querySelector('#it').textContent = 'after'</script></main>"
+    file.write_text(pages["nothing-yet"].read_text().replace("</main>", injected))
     browser.open(file, DESKTOP)
-    assert browser.ask("document.querySelector('p').textContent") == "before"
+    assert browser.ask("document.querySelector('#it').textContent") == "before"
     assert any("Content Security Policy" in said for said in browser.said)
 
 

@@ -8,7 +8,6 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from tdpo_cli.config import preset as presets
 from tdpo_cli.errors import RequestError
 
 # groups of options in --help
@@ -39,6 +38,8 @@ ZooOption = Annotated[
 
 def complete_presets(incomplete: str) -> list[str]:
     """Names of the shipped presets, for the shell's completion."""
+    from tdpo_cli.config import preset as presets
+
     return [name for name in presets.names() if name.startswith(incomplete)]
 
 
@@ -57,6 +58,8 @@ def complete_rewards(incomplete: str) -> list[str]:
 
 def overrides(set_: list[str] | None, checkpoint: list[str] | None, zoo: str | None) -> list[tuple[str, Any]]:
     """What --set, --checkpoint and --zoo say, as ("section.key", value). Raises RequestError."""
+    from tdpo_cli.config import preset as presets
+
     overrides = [presets.parse_override(text) for text in set_ or []]
     overrides += [(f"reward.checkpoints.{name}", path) for name, path in checkpoints(checkpoint).items()]
     if zoo is not None:

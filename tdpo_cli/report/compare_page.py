@@ -36,9 +36,10 @@ def render(runs: Sequence[Run]) -> str:
     """The page that compares up to MOST_RUNS runs."""
     rewards = list(dict.fromkeys(name for run in runs for name in run.preset.rewards))
     charts = [_chart(runs, name, SD, lambda run, name=name: _change(run, name), baseline=0.0) for name in rewards]
+    recorded = lambda key: lambda run: column(run.rows, key)
     update = [
-        _chart(runs, "KL divergence of one update", "Between the policy before and after an epoch's update.", lambda run: column(run.rows, "approx_kl")),
-        _chart(runs, "Clipped ratios", "Share of the probability ratios outside the clip range.", lambda run: column(run.rows, "policy_clip_fraction")),
+        _chart(runs, "KL divergence of one update", "Between the policy before and after an epoch's update.", recorded("approx_kl")),
+        _chart(runs, "Clipped ratios", "Share of the probability ratios outside the clip range.", recorded("policy_clip_fraction")),
     ]
     table = [
         [run.name, run.preset.algorithm.name, run.preset.trained_words, f"{len(run.rows)} of {run.preset.run.epochs}",

@@ -202,9 +202,8 @@ def _cross_eval(model: Mapping[str, Any], result: Mapping[str, Any]) -> str:
         ours, theirs = model["rewards"][name], base["rewards"][name]
         trained = model.get("trained_weights") or [model["trained_reward"]]
         role = "trained" if name in trained else "constraint" if name in model.get("constraints", []) else ""
-        rows.append(
-            (f"`{_short(name)}`", role, _number(theirs["mean"]), _number(ours["mean"]), tables.interval(ours["standardised"]), _percent(ours["win_rate"]))
-        )
+        numbers = (_number(theirs["mean"]), _number(ours["mean"]), tables.interval(ours["standardised"]), _percent(ours["win_rate"]))
+        rows.append((f"`{_short(name)}`", role, *numbers))
     told = next((run["verdict"]["sentence"] for run in result["runs"] if run["run"] == model["run"]), None)
     level = f"{100 * result['bootstrap']['level']:g} %"
     how = (

@@ -64,8 +64,9 @@ def _panel(title: str, note: str, svg: str) -> Image.Image:
 def _rules() -> list[tuple[list[str], Style]]:
     """(parts of a selector, declarations) of page.css, without what is inside an @media."""
     css = re.sub(r"/\*.*?\*/|@media[^{]*\{(?:[^{}]*\{[^{}]*\})*\s*\}", "", (TEMPLATES / "page.css").read_text(encoding="utf-8"), flags=re.S)
-    rules = [(selectors, dict(re.findall(r"([\w-]+)\s*:\s*([^;]+?)\s*;", body + ";"))) for selectors, body in re.findall(r"([^{}]+)\{([^{}]*)\}", css)]
-    return [(selector.split(), declared) for selectors, declared in rules for selector in selectors.split(",")]
+    declared = lambda body: dict(re.findall(r"([\w-]+)\s*:\s*([^;]+?)\s*;", body + ";"))
+    rules = re.findall(r"([^{}]+)\{([^{}]*)\}", css)
+    return [(selector.split(), declared(body)) for selectors, body in rules for selector in selectors.split(",")]
 
 
 def _styled(element: Any, above: Sequence[Place], inherited: Style, rules: Sequence[tuple[list[str], Style]]) -> Iterator[tuple[Any, Style]]:

@@ -16,7 +16,7 @@ from tdpo_cli.console import duration
 from tdpo_cli.report import health, previews
 from tdpo_cli.report.charts import Chart, Rows, Series, column, line_chart
 from tdpo_cli.report.html import page
-from tdpo_cli.report.numbers import finite, known, short, signed, signed_sd, spread
+from tdpo_cli.report.numbers import finite, known, short, signed_sd, spread
 from tdpo_cli.report.palette import looks, mood, role
 from tdpo_cli.storage.run_dir import RunDir
 
@@ -44,9 +44,10 @@ def render(folder: Path, rows: Rows, verdict: Verdict, rises: Mapping[str, float
     lines = [_standardised(drawn, reward, preset) for reward in dict.fromkeys((preset.trained, *preset.rewards))] if rows else []
     return page(
         "run.html", f"{name} - tdpo", name=name, rows=rows, preset=preset, verdict=verdict, mood=mood(verdict.kind), facts=_facts(preset, rows),
-        cautions=health.skipped_steps(rows), thinned=len(drawn) if len(drawn) < len(rows) else None, common_scale=_common_scale(drawn, lines, verdict),
-        unknown=[series.name for series in lines if not known(series.values)], rewards=_rewards(rows, preset, rises) if rows else [],
-        strip=previews.strip(folder), raw=[_raw(drawn, reward, preset, verdict) for reward in preset.rewards], policy=health.policy(drawn, preset),
+        cautions=health.skipped_steps(rows), thinned=len(drawn) if len(drawn) < len(rows) else None,
+        common_scale=_common_scale(drawn, lines, verdict), unknown=[series.name for series in lines if not known(series.values)],
+        rewards=_rewards(rows, preset, rises) if rows else [], strip=previews.strip(folder),
+        raw=[_raw(drawn, reward, preset, verdict) for reward in preset.rewards], policy=health.policy(drawn, preset),
         critic=health.critic(drawn, resets, preset), resets=health.resets_in_words(preset, resets), resources=health.resources(drawn),
         settings=_settings(preset), environment=_environment(run.read_environments()),
     )  # fmt: skip

@@ -79,9 +79,9 @@ ALL = [block for page in PAGES if not run_elsewhere(page, text := (ROOT / page).
 
 
 def test_blocks_are_found_with_their_marks_and_commands():
-    text = "x\n\nSee this: <!-- needs a GPU: train -->\n\n    tdpo train --gpus 8  # slow\n    tdpo presets \\\n        NAME\n\n```python\n1 + 1\n```\n"
+    text = "See this: <!-- needs a GPU: train -->\n\n    tdpo train --gpus 8  # slow\n    tdpo presets \\\n        NAME\n\n```python\n1 + 1\n```\n"
     shell, python = blocks("page", text)
-    assert (shell.place, shell.commands, shell.python) == ("page:5", ["tdpo train --gpus 8", "tdpo presets     NAME"], "")
+    assert (shell.place, shell.commands, shell.python) == ("page:3", ["tdpo train --gpus 8", "tdpo presets     NAME"], "")
     assert left_to_run(shell) == ("", ["tdpo presets     NAME"])
     assert (python.python, python.commands, python.mark) == ("1 + 1\n", [], "")
     with pytest.raises(AssertionError, match="needs luck"):

@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from tdpo_cli.config import prompts
 from tdpo_cli.console import Console
 from tdpo_cli.cross_eval import result
-from tdpo_cli.report import cross_eval_tables as tables
-from tdpo_cli.report import png
 from tdpo_cli.cross_eval.candidates import Model, Sampling
 from tdpo_cli.models.checkpoints import Checkpoint
 from tdpo_cli.overoptimisation import statistics
 from tdpo_cli.report import cross_eval_page as page
+from tdpo_cli.report import cross_eval_tables as tables
+from tdpo_cli.report import png
 from tdpo_cli.storage.run_dir import damage
 
 PROMPTS = prompts.load("sandbox:held-out")[:5]

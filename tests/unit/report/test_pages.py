@@ -241,8 +241,8 @@ def test_names_at_the_ends_of_lines_keep_their_distance(heights):
 # --- text stays text ----------------------------------------------------------------------------------------------------------
 def test_hostile_words_are_only_words():
     chart = Chart(HOSTILE, range(2), [Series(HOSTILE, [1, 2], note=HOSTILE)], HOSTILE, x_label=HOSTILE, limit=(1, HOSTILE), since=(0, HOSTILE))
-    body = line_chart(chart, wide=True) + html.part("facts", [(HOSTILE, HOSTILE)]) + html.part("table", [HOSTILE], [[HOSTILE, (HOSTILE, HOSTILE)]], HOSTILE)
-    document = Document(body)
+    table = html.part("table", [HOSTILE], [[HOSTILE, (HOSTILE, HOSTILE)]], HOSTILE)
+    document = Document(line_chart(chart, wide=True) + html.part("facts", [(HOSTILE, HOSTILE)]) + table)
     for tag in ("h3", "dt", "dd", "caption"):
         assert document.text(tag) == [HOSTILE], tag
     assert document.text("th") == [HOSTILE] * 2 and document.text("td") == [f"{HOSTILE} {HOSTILE}"]
@@ -335,7 +335,8 @@ def test_a_report_shows_what_was_recorded(tmp_path):
     assert document.text("h3") == [
         "All rewards on a common scale", "aesthetic", "gold", "pickscore", "hpsv2",
         "Agreement of the rewards", "approx_kl", "mean_kl", "Clip fractions",
-        "Gradient norm of the policy", "Gradient norm of the critic", "ratio_drift", "Explained variance", "Dormant neurons", "Critic loss", "Seconds per epoch", "Images per second", "Peak memory, GB",
+        "Gradient norm of the policy", "Gradient norm of the critic",
+        "ratio_drift", "Explained variance", "Dormant neurons", "Critic loss", "Seconds per epoch", "Images per second", "Peak memory, GB",
     ]  # fmt: skip
     facts = dict(zip(document.text("dt"), document.text("dd"), strict=True))
     assert (facts["algorithm"], facts["epochs"], facts["reward queries"]) == ("TDPO-R", "24 of 24", "1,152")

@@ -2,7 +2,7 @@
 
     tdpo train --preset quickstart --out runs/quickstart-0001
 
-makes the run. Lines appear in the order of the run, its seconds shortened; where a picture cannot move, all of them show.
+makes the run. Lines appear in the order of the run, its time shortened; where a picture cannot move, all of them show.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from rich.text import Text
 
 WIDTH = 80  # columns
 SHOWN = 3  # epochs shown at the start and at the end
-SHORTENED = 20  # seconds of the run per second of the recording
+LASTS = 12  # seconds of the recording
 BOLD = ("$ ", "tdpo ", "done: ", "verdict: ")
 
 
 def lines(run: Path) -> list[tuple[str, float]]:
     """(line, seconds of the run at which it appears) of the log: header, the first and last epochs, verdict."""
     seconds = [json.loads(row)["seconds/total"] for row in (run / "metrics.jsonl").read_text().splitlines()]
-    shown, now = [("$ tdpo train --preset quickstart", 0.0)], 1.0
+    shown, now, left_out = [("$ tdpo train --preset quickstart", 0.0)], 1.0, False
     for line in (run / "log.txt").read_text().splitlines():
         epoch = re.match(r" *(\d+)/\d+ ", line)
         if line.startswith("where things are"):
@@ -37,8 +37,9 @@ def lines(run: Path) -> list[tuple[str, float]]:
             now += seconds[int(epoch[1])]
             if int(epoch[1]) == SHOWN:
                 shown.append(("...", now))
-            if SHOWN <= int(epoch[1]) < len(seconds) - SHOWN:
-                continue
+            left_out = SHOWN <= int(epoch[1]) < len(seconds) - SHOWN
+        if left_out and (epoch or line.startswith(7 * " ")):  # an epoch, or a note below it
+            continue
         shown.append((line, now))
     return shown
 
@@ -50,7 +51,7 @@ def svg(said: list[tuple[str, float]]) -> str:
         console.print(Text(line, style="bold" if line.startswith(BOLD) else "", no_wrap=True, overflow="crop"))
     form = re.sub(r"@font-face \{\{.*?\}\}\s*", "", CONSOLE_SVG_FORMAT, flags=re.S).replace("Fira Code", "ui-monospace, DejaVu Sans Mono")
     drawn = console.export_svg(title="tdpo", theme=terminal_theme.DIMMED_MONOKAI, code_format=form, unique_id="recording")
-    place = lambda number: f' style="animation-delay:{said[number][1] / SHORTENED:.1f}s"' if number < len(said) else ""
+    place = lambda number: f' style="animation-delay:{LASTS * said[number][1] / said[-1][1]:.1f}s"' if number < len(said) else ""
     drawn = re.sub(r'(<text class="recording-r\d+")([^>]*clip-path="url\(#recording-line-(\d+)\)")', lambda m: m[1] + place(int(m[3])) + m[2], drawn)
     motion = "@keyframes appear { from { opacity: 0 } } @media (prefers-reduced-motion: no-preference) { text[style] { animation: appear 1ms both } }"
     return drawn.replace("</style>", f"{motion}\n    </style>", 1)

@@ -17,7 +17,7 @@ def doctor(
     json_: options.JsonFlag = False,
     quiet: options.QuietFlag = False,
 ) -> None:
-    """Show what this machine can run and which files are missing; exit status 1 if the preset could not run as things are."""
+    """Show what this machine can run and which files are missing; the exit status is 1 if the preset cannot run yet."""
     from tdpo_cli.config import preset as presets
 
     presets.load(preset or "quickstart")  # a wrong name is answered at once

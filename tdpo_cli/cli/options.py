@@ -23,13 +23,13 @@ CheckpointOption = Annotated[
     typer.Option("--checkpoint", metavar="REWARD=PATH", help="Where a reward's checkpoint is; may be repeated.", rich_help_panel=MODEL),
 ]
 GpusOption = Annotated[
-    Optional[int], typer.Option(min=1, metavar="N", help="One worker on each of N GPUs. The result stays the same.", rich_help_panel=MACHINE)
+    Optional[int], typer.Option(min=1, metavar="N", help="Start one worker on each of N GPUs. The result stays the same.", rich_help_panel=MACHINE)
 ]
 ProcessesOption = Annotated[
-    Optional[int], typer.Option(min=1, metavar="N", help="N workers on the CPU. The result stays the same.", rich_help_panel=MACHINE)
+    Optional[int], typer.Option(min=1, metavar="N", help="Start N workers on the CPU. The result stays the same.", rich_help_panel=MACHINE)
 ]
 TrustOption = Annotated[
-    bool, typer.Option("--trust-rewards", help="Use the Python and the servers that a run's own preset.json names as rewards.", rich_help_panel=MODEL)
+    bool, typer.Option("--trust-rewards", help="Allow Python code and servers that a run's own preset.json names.", rich_help_panel=MODEL)
 ]
 ZooOption = Annotated[
     Optional[str], typer.Option("--zoo", metavar="sandbox", help="Take reward checkpoints from the embedded set.", rich_help_panel=MODEL)

@@ -20,7 +20,7 @@ def train(
         Optional[str],
         typer.Option(
             metavar="NAME|FILE.toml",
-            help="What to run (default: quickstart).",
+            help="Name or file of the preset (default: quickstart).",
             autocompletion=options.complete_presets,
             rich_help_panel=options.MODEL,
         ),
@@ -38,12 +38,12 @@ def train(
         ),
     ] = None,
     out: Annotated[
-        Optional[Path], typer.Option(help="The run folder (default: a new runs/PRESET-0001, counting up).", rich_help_panel=options.RUN)
+        Optional[Path], typer.Option(help="The run folder (default: runs/PRESET-0001 or the next free number).", rich_help_panel=options.RUN)
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.", rich_help_panel=options.RUN)] = False,
     tracker: Annotated[
         Optional[list[str]],
-        typer.Option(metavar="NAME", help="tensorboard or wandb; may be repeated.", rich_help_panel=options.RUN),
+        typer.Option(metavar="NAME", help="Also log to tensorboard or wandb; may be repeated.", rich_help_panel=options.RUN),
     ] = None,
     gpus: options.GpusOption = None,
     processes: options.ProcessesOption = None,
@@ -54,7 +54,7 @@ def train(
         Optional[str],
         typer.Option(
             metavar="SIZE|auto",
-            help="Cut up the work so that a process stays below this, as 12GB. The result stays the same.",
+            help="Divide the work so that a process needs less than this, such as 12GB. The result stays the same.",
             rich_help_panel=options.MACHINE,
         ),
     ] = None,
@@ -65,7 +65,7 @@ def train(
     json_: options.JsonFlag = False,
     quiet: options.QuietFlag = False,
 ) -> None:
-    """Train a policy as a preset says."""
+    """Train a model as a preset describes."""
     # here, because `tdpo --help` needs none of it
     from tdpo_cli.cli import train_request
     from tdpo_cli.models import quantise

@@ -121,41 +121,27 @@ def _since(verdict: Verdict, said: bool = True) -> tuple[float, str] | None:
 
 
 # --- what the run folder records ------------------------------------------------------------------------------------------
-def _settings(preset: Preset) -> list[tuple[str, str, list[list[Markup]]]]:
-    """(section, how many differ from the defaults, rows of key, value and default); what differs is marked."""
+def _settings(preset: Preset) -> list[list[str]]:
+    """Rows of the settings that differ from the defaults: key with its meaning, value, default."""
     now, default = preset.as_dict(), Preset().as_dict()
-    meanings = {key: doc for key, _, _, doc in presets.describe()}
-    sections = []
-    for name, keys in now.items():
-        changed = [key for key, value in keys.items() if value != default[name][key]]
-        rows = []
-        for key, value in keys.items():
-            mark = Markup("<mark>{}</mark>") if key in changed else Markup("{}")
-            first = mark.format(Markup("{}<small>{}</small>").format(key, meanings[f"{name}.{key}"]))
-            rows.append([first, mark.format(_setting(value)), _setting(default[name][key])])
-        differ = f"{len(changed)} differ{'s' if len(changed) == 1 else ''}" if changed else "all default"
-        sections.append((name, differ, rows))
-    return sections
+    return [
+        [Markup("{}<small>{}</small>").format(key, meaning), _setting(now[section][name]), _setting(default[section][name])]
+        for key, _, _, meaning in presets.describe()
+        for section, _, name in [key.partition(".")]
+        if now[section][name] != default[section][name]
+    ]
 
 
 def _setting(value: Any) -> str:
     if value is None or value in ("", [], {}):
-        word = "not set" if value is None else "empty" if value == "" else "none"
-        return Markup("<small>{}</small>").format(word)
+        return "not set" if value is None else "empty" if value == "" else "none"
     if isinstance(value, (list, dict)):
-        value = ", ".join(map(str, value)) if isinstance(value, list) else ", ".join(f"{name} = {path}" for name, path in value.items())
+        return ", ".join(map(str, value)) if isinstance(value, list) else ", ".join(f"{name} = {path}" for name, path in value.items())
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _environment(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The content of env.json, one column per start."""
-    if not entries:
-        return None
+def _environment(entries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Rows of env.json: a key, and its value at every start."""
     flat = [{**entry, **(entry.get("versions") or {})} for entry in entries]
     keys = [key for key in dict.fromkeys(key for entry in flat for key in entry) if key != "versions"]
-    return {
-        "device": entries[-1].get("device_name") or entries[-1].get("device", ""),
-        "starts": f"{len(entries)} start{'s' if len(entries) > 1 else ''}",
-        "heads": ["", *(f"start {i}" for i in range(1, len(flat) + 1))],
-        "rows": [[key, *(_setting(entry.get(key)) for entry in flat)] for key in keys],
-    }
+    return [[key, *(_setting(entry.get(key)) for entry in flat)] for key in keys]

@@ -583,13 +583,5 @@ def test_large_cross_evaluations_are_cut_down_and_it_is_said(tmp_path):
     shown = gallery.gallery(result, tmp_path, budget=10 * len(image))
     content = shown["content"]
     assert len(json.dumps(content)) < 4 / 3 * 10 * len(image) + 1e5
-    assert {"base", "run-0/epoch_0029", "run-1/epoch_0029"} <= set(content["models"])
+    assert content["models"] == [model["name"] for model in result["models"]]
     assert f"{len(content['prompts'])} of 10 prompts" in shown["left_out"] and "JPEG of at most 256 px" in shown["left_out"]
-
-
-@given(st.integers(2, 60), st.integers(1, 200), st.integers(1, 16), st.integers(40, 5000))
-def test_what_is_shown_fits_the_room(models, prompts, per_prompt, room):
-    m, p, k = gallery.fitting(models, prompts, per_prompt, room)
-    assert 1 <= m <= models and 1 <= p <= prompts and 1 <= k <= per_prompt
-    assert m * p * k <= room
-    assert (m, p, k) == (models, prompts, per_prompt) or models * prompts * per_prompt > room

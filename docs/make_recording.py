@@ -38,7 +38,7 @@ def lines(run: Path) -> list[tuple[str, float]]:
             if int(epoch[1]) == SHOWN:
                 shown.append(("...", now))
             left_out = SHOWN <= int(epoch[1]) < len(seconds) - SHOWN
-        if left_out and (epoch or line.startswith(7 * " ")):  # an epoch, or a note below it
+        if left_out:  # an epoch, or what was said after it
             continue
         shown.append((line, now))
     return shown

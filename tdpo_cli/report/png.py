@@ -63,7 +63,7 @@ def _panel(title: str, note: str, svg: str) -> Image.Image:
 # --- the stylesheet -----------------------------------------------------------------------------------------------------------
 def _rules() -> list[tuple[list[str], Style]]:
     """(parts of a selector, declarations) of page.css, without what is inside an @media."""
-    css = re.sub(r"/\*.*?\*/|@media[^{]*\{(?:[^{}]*\{[^{}]*\})*\s*\}", "", (TEMPLATES / "page.css").read_text(encoding="utf-8"), flags=re.S)
+    css = re.sub(r"/\*.*?\*/|@media[^{]*\{(?:[^{}]*\{[^{}]*\})*\s*\}", "", TEMPLATES["page.css"], flags=re.S)
     declared = lambda body: dict(re.findall(r"([\w-]+)\s*:\s*([^;]+?)\s*;", body + ";"))
     rules = re.findall(r"([^{}]+)\{([^{}]*)\}", css)
     return [(selector.split(), declared(body)) for selectors, body in rules for selector in selectors.split(",")]

@@ -5,6 +5,7 @@ its lines with these words, `<!-- run with 2 for 3000 -->` where a repetition is
 """
 
 import ast
+import html
 import re
 import shlex
 from dataclasses import dataclass
@@ -125,3 +126,11 @@ def test_a_block_runs(block, place, monkeypatch):
 def test_a_block_that_is_not_marked_is_one_that_can_run():
     cannot = [f"{block.place}: {line}" for block in ALL for line in left_to_run(block)[1] if not line.startswith("tdpo ")]
     assert cannot == [], "mark it with what it needs: " + "; ".join(cannot)
+
+
+def test_the_recording_is_a_run_from_header_to_verdict_and_loads_nothing():
+    svg = (ROOT / "docs/quickstart.svg").read_text()
+    words = html.unescape(" ".join(re.findall(r"<text[^>]*>([^<]*)</text>", svg))).replace("\xa0", " ")
+    for word in ("$ tdpo train --preset quickstart", "training with TDPO-R", " 0/24 ", "24/24 ", "verdict: aesthetic "):
+        assert word in words, word
+    assert re.findall(r"(?:href|src)=|@import|url\((?!#)", svg) == []

@@ -453,7 +453,7 @@ def test_thousands_of_epochs_are_drawn_thinned_out_and_it_is_said(tmp_path):
     assert len(text.encode()) < 3e6
 
 
-def test_a_page_that_cannot_be_written_warns_and_fails_nothing(tmp_path):
+def test_a_page_that_cannot_be_made_or_written_warns_and_fails_nothing(tmp_path, monkeypatch):
     folder, said = make_run(tmp_path / "run", epochs=1), []
     reporting.write_or_warn(folder, said.append)
     assert said == [] and (folder / "report.html").is_file()
@@ -462,6 +462,9 @@ def test_a_page_that_cannot_be_written_warns_and_fails_nothing(tmp_path):
     reporting.write_or_warn(folder, said.append)
     (warning,) = said
     assert warning.startswith("no report.html: ") and f"`tdpo report {folder}`" in warning
+    monkeypatch.setattr(reporting.page, "render", lambda *_: {}["nothing"])
+    reporting.write_or_warn(folder, said.append)
+    assert said[1].startswith("no report.html: ")
 
 
 # --- the command ----------------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def lines(run: Path) -> list[tuple[str, float]]:
         if left_out:  # an epoch, or what was said after it
             continue
         shown.append((line, now))
-    return shown
+    return shown[:-1] if shown[-1][0] == "" else shown
 
 
 def svg(said: list[tuple[str, float]]) -> str:

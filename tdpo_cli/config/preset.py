@@ -189,6 +189,9 @@ class Run:
     memory_limit: str | None = knob(
         None, "bytes a process may use, as 12GB, or auto (what is free); it chooses how the work is cut up, never the result"
     )
+    cache_limit: str | None = knob(
+        "20GB", "large text encoders: bytes of embeddings that are kept on disk, in TDPO_CACHE or the user's folder of caches; none keeps nothing"
+    )
     shard: Literal["auto", "on", "off"] = knob(
         "auto", "several processes: split the frozen network's weights among them; auto where one card does not hold them; never changes the result"
     )
@@ -337,7 +340,7 @@ TRUE_REWARDS = frozenset({"gold"})  # what a verdict is judged by: shown, read b
 COMBINED = "combined"  # the curve of several training rewards together
 TABLES = ("checkpoints", "train_weights", "at_least")  # of [reward]
 # what may change when a run goes on
-RESUMABLE = ("run.epochs", "run.save_every", "run.keep_last", "run.stop_on_overoptimisation", "run.trackers", "run.memory_limit", "run.shard")
+RESUMABLE = ("run.epochs", "run.save_every", "run.keep_last", "run.stop_on_overoptimisation", "run.trackers", "run.memory_limit", "run.cache_limit", "run.shard")
 TRACKERS = ("tensorboard", "wandb")
 SECTIONS: dict[str, type] = {
     "model": Model, "rollout": Rollout, "sampling": Sampling, "reward": Reward, "algorithm": Algorithm, "update": Update, "run": Run,

@@ -140,13 +140,16 @@ def sample_batch(preset: Preset, free: int | None) -> int:
 
 
 def parse(text: str) -> int | None:
-    """`12GB`, `800 MiB`, a number of bytes -> bytes; `auto` -> None. Raises RequestError."""
-    if text.strip().lower() == "auto":
-        return None
+    """run.memory_limit: a size, or `auto` -> None. Raises RequestError."""
+    return None if text.strip().lower() == "auto" else parse_size("run.memory_limit", text, ", or auto")
+
+
+def parse_size(key: str, text: str, otherwise: str = "") -> int:
+    """`12GB`, `800 MiB`, a number of bytes -> bytes, at least 1; `key` is the setting. Raises RequestError."""
     match = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([a-zA-Z]*)\s*", text)
     unit = UNITS.get(match.group(2).upper()) if match else None
     if unit is None or float(match.group(1)) * unit < 1:
-        raise RequestError(f"run.memory_limit {text!r}: expected a size such as 12GB or 800MiB, or auto.")
+        raise RequestError(f"{key} {text!r}: expected a size such as 12GB or 800MiB{otherwise}.")
     return int(float(match.group(1)) * unit)
 
 

@@ -609,6 +609,14 @@ def sharded():
     start({"run.shard": "auto"})
 
 
+def kept_embeddings():
+    """run.cache_limit: read where text encoders are large; test_embeddings says what it does."""
+    assert start({"run.cache_limit": "nothing"}).policy.embeddings is None  # the sandbox's are tiny
+    preset = settings_of({"model.base": str(SD3), "run.cache_limit": "12 apples"})
+    with pytest.raises(RequestError, match="run.cache_limit '12 apples': expected a size such as 12GB or 800MiB, or none"):
+        build(preset, World(), memory.Plan.of(1))
+
+
 def quantised(monkeypatch):
     """model.quantise: refused where its package is absent; test_quantise says what it does."""
     monkeypatch.setitem(sys.modules, "torchao", None)
@@ -705,6 +713,7 @@ ELSEWHERE = {
     "run.memory_limit": memory_limit,
     "run.compile": compiled,
     "run.shard": sharded,
+    "run.cache_limit": kept_embeddings,
     "run.max_bad_steps": max_bad_steps,
     "run.trackers": tracking,
     "run.stop_on_overoptimisation": stopping_early,

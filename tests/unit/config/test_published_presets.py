@@ -103,6 +103,7 @@ OURS = {
     "run.preview_images",
     "run.micro_batch",
     "run.memory_limit",
+    "run.cache_limit",
     "run.compile",
     "run.max_bad_steps",
 }  # nothing published, nothing that trains

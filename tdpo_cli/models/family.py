@@ -8,7 +8,6 @@ its LoRA file format; its loop is not used.
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
@@ -135,7 +134,6 @@ class Family:
         """Give back the memory of those that can be read again."""
         for name in self.unread:
             setattr(self.pipeline, name, None)
-        gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

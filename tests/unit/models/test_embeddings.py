@@ -1,8 +1,10 @@
 """Facts about kept embeddings: computed once, read to the bit, never used when damaged, bounded, and read without a text encoder."""
 
+import gc
 import json
 import os
 import shutil
+import weakref
 
 import pytest
 import tiny
@@ -16,6 +18,7 @@ from tdpo_cli.config.preset import Model
 from tdpo_cli.models import lora_file
 from tdpo_cli.models.embedding_store import Store
 from tdpo_cli.models.embeddings import Embeddings
+from tdpo_cli.models.families.sd3 import StableDiffusion3
 from tdpo_cli.models.family import Family
 
 PROMPTS = ["a red circle", "two green squares beside a blue circle", "a"]
@@ -33,6 +36,21 @@ def reads(monkeypatch):
 
     monkeypatch.setattr(Family, "read_text_encoders", counted)
     return count
+
+
+@pytest.fixture
+def alive(monkeypatch):
+    """References to the text encoders that were used; without a collector, so that memory is known to be given back at once."""
+    found, encode = [], StableDiffusion3.encode
+
+    def remembered(self, prompts):
+        found.extend(weakref.ref(getattr(self.pipeline, name)) for name in THREE)
+        return encode(self, prompts)
+
+    monkeypatch.setattr(StableDiffusion3, "encode", remembered)
+    gc.disable()
+    yield found
+    gc.enable()
 
 
 def load(folder, base=SD3, limit=10**9, prompts=PROMPTS, said=None, **settings):
@@ -60,9 +78,9 @@ def test_embeddings_are_the_same_to_the_bit_from_the_disk_and_without_one(tmp_pa
     assert all(torch.allclose(plain.parts[name], part, rtol=1e-5, atol=1e-5) for name, part in expected.parts.items())
 
 
-def test_second_start_reads_no_text_encoder(tmp_path, reads):
+def test_second_start_reads_no_text_encoder(tmp_path, reads, alive):
     policy = load(tmp_path)
-    assert reads == THREE and policy.family.pipeline.text_encoder is None
+    assert reads == THREE and len(alive) > 3 and policy.family.pipeline.text_encoder is None and all(encoder() is None for encoder in alive)
     reads.clear()
     policy = load(tmp_path)
     policy.encode(PROMPTS)

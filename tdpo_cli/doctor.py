@@ -22,7 +22,8 @@ from tdpo_cli.config import preset as presets
 from tdpo_cli.config.preset import Preset
 from tdpo_cli.console import Console, size
 from tdpo_cli.errors import WorkError
-from tdpo_cli.machine import footprint, memory
+from tdpo_cli.machine import memory
+from tdpo_cli.machine.networks import is_sdxl
 from tdpo_cli.rewards import checkpoints as reward_checkpoints
 from tdpo_cli.rewards import required_files
 from tdpo_cli.sandbox import EMBEDDED, ZOO, is_embedded
@@ -172,7 +173,7 @@ def _parts(base: str, folder: Path, revision: str | None) -> dict[str, str]:
         (cached,) = required_files.on_hub(base, ["model_index.json"], revision)
         file = Path(cached.path) if cached.path else file
     if not file.is_file():
-        return SDXL_PARTS if footprint.is_sdxl(Path(base)) else SD_PARTS
+        return SDXL_PARTS if is_sdxl(Path(base)) else SD_PARTS
     found = {}
     for part, entry in json.loads(file.read_text(encoding="utf-8")).items():
         if part.startswith("_") or part in UNUSED_PARTS or not isinstance(entry, list) or entry[-1] is None:

@@ -168,6 +168,7 @@ def _computation(flops: float) -> str:
 
 def _dry_run(preset: presets.Preset, as_json: bool) -> None:
     from tdpo_cli.machine import footprint, memory
+    from tdpo_cli.machine.networks import guessed
     from tdpo_cli.models import settings
 
     entry = settings.local_entry(preset)
@@ -196,7 +197,7 @@ def _dry_run(preset: presets.Preset, as_json: bool) -> None:
         "flops_per_epoch": footprint.epoch_flops(preset),
         "per_device": shares,
     }
-    guessed = footprint.guessed(preset)
+    guessed = guessed(preset)
     if guessed:  # no number is better than one of another model
         facts |= {"peak_memory_bytes": None, "flops_per_epoch": None}
         for share in shares.values():

@@ -14,6 +14,7 @@ from tdpo_cli.config.preset import Preset
 from tdpo_cli.console import size
 from tdpo_cli.errors import RequestError
 from tdpo_cli.machine import footprint
+from tdpo_cli.machine.networks import networks
 
 MARGIN = 0.9  # of what is free; the rest is for fragmentation and what an estimate does not know
 CPU_MICRO_BATCH = 48  # larger gains nothing on a CPU
@@ -88,7 +89,7 @@ def estimate(preset: Preset, processes: int = 1, plan: Plan = USUAL, gpu: bool =
 
 def phases(preset: Preset, processes: int = 1, plan: Plan = USUAL, gpu: bool = True) -> dict[str, int]:
     """The same for each part of an epoch."""
-    nets = footprint.networks(preset)
+    nets = networks(preset)
     gpu = gpu and not nets.embedded
     bytes_each = 4 if preset.model.dtype == "fp32" or not gpu else 2
     mine = -(-preset.rollout.samples_per_epoch // processes)
@@ -133,7 +134,7 @@ def sample_batch(preset: Preset, free: int | None) -> int:
     """Images denoised at a time where nothing trains: as many as fit into the free bytes of a GPU; None is a CPU."""
     if preset.run.micro_batch is not None or free is None:
         return preset.run.micro_batch or CPU_MICRO_BATCH
-    nets, number = footprint.networks(preset), 4 if preset.model.dtype == "fp32" else 2
+    nets, number = networks(preset), 4 if preset.model.dtype == "fp32" else 2
     left = MARGIN * free - footprint.weight_bytes(preset, nets, number) - footprint.CUDA_CONTEXT - DECODED * footprint.decode_bytes(nets, number)
     fitting = [size for size in (32, 16, 8, 4, 2) if size * 2 * footprint.forward_bytes(nets, number) < left]
     return (fitting or [1])[0]

@@ -16,18 +16,19 @@ from torch.utils._pytree import tree_iter
 from tdpo_cli.config import preset as presets
 from tdpo_cli.config.preset import Preset
 from tdpo_cli.errors import RequestError
-from tdpo_cli.machine import footprint, memory
+from tdpo_cli.machine import counting, footprint, memory, published
+from tdpo_cli.machine.networks import networks
 from tdpo_cli.models import adapter
 from tdpo_cli.models.family import Family
 
-NARROW = {**footprint.SD1_UNET, "block_out_channels": (64, 96, 128, 256), "sample_size": 32}
+NARROW = {**published.SD1_UNET, "block_out_channels": (64, 96, 128, 256), "sample_size": 32}
 TOP_ONLY = {
     **NARROW, "down_block_types": ("CrossAttnDownBlock2D",) + ("DownBlock2D",) * 3, "up_block_types": ("UpBlock2D",) * 3 + ("CrossAttnUpBlock2D",),
 }  # fmt: skip
-UNETS = {"sd1": footprint.SD1_UNET, "sd1 at 768 pixels": {**footprint.SD1_UNET, "sample_size": 96}, "narrow": NARROW, "attention above": TOP_ONLY}
-UNETS["deep, as SDXL"] = {**footprint.SDXL_UNET, "sample_size": 64}
-VAES = {"sd1": footprint.SD1_VAE, "small": {"block_out_channels": (16, 32, 64)}}
-PARAMETERS = footprint.SD1_PARAMETERS
+UNETS = {"sd1": published.SD1_UNET, "sd1 at 768 pixels": {**published.SD1_UNET, "sample_size": 96}, "narrow": NARROW, "attention above": TOP_ONLY}
+UNETS["deep, as SDXL"] = {**published.SDXL_UNET, "sample_size": 64}
+VAES = {"sd1": published.SD1_VAE, "small": {"block_out_channels": (16, 32, 64)}}
+PARAMETERS = published.SD1_PARAMETERS
 
 
 class Flash(torch.autograd.Function):
@@ -110,7 +111,7 @@ def test_what_a_backward_pass_keeps_is_counted(flash, name, checkpointing, dtype
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         call(network, config, dtype)
     counted = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 2
-    nets = footprint.counted(config, footprint.SD1_VAE, PARAMETERS)
+    nets = counting.counted(config, published.SD1_VAE, PARAMETERS)
     size = dtype.itemsize
     predicted = footprint.backward_bytes(nets, size, checkpointing)
     # while one block is computed again, what it keeps comes on top
@@ -124,7 +125,7 @@ def test_what_a_forward_pass_needs_is_counted(flash, name):
     network = unet(config, torch.float16)
     with torch.no_grad(), Alive(network) as alive:
         call(network, config, torch.float16)
-    predicted = footprint.forward_bytes(footprint.counted(config, footprint.SD1_VAE, PARAMETERS), 2)
+    predicted = footprint.forward_bytes(counting.counted(config, published.SD1_VAE, PARAMETERS), 2)
     assert alive.peak / 2 * 0.8 < predicted < alive.peak / 2 * 1.4
 
 
@@ -140,7 +141,7 @@ def test_what_decoding_an_image_needs_is_counted(flash, name):
         ).half().eval()  # fmt: skip
     with torch.no_grad(), Alive(vae) as alive:
         vae.decode(torch.empty(1, 4, 64, 64, dtype=torch.float16, device="meta"))[0].float()
-    nets = footprint.counted(footprint.SD1_UNET, VAES[name], PARAMETERS)
+    nets = counting.counted(published.SD1_UNET, VAES[name], PARAMETERS)
     assert alive.peak * 0.9 < footprint.decode_bytes(nets, 2) < alive.peak * 1.3
 
 
@@ -232,21 +233,21 @@ def test_the_published_sizes_of_sdxl_are_those_of_its_unet():
 
     with torch.device("meta"):
         network = UNet2DConditionModel(
-            **footprint.SDXL_UNET, cross_attention_dim=2048, attention_head_dim=[5, 10, 20], addition_embed_type="text_time",
+            **published.SDXL_UNET, cross_attention_dim=2048, attention_head_dim=[5, 10, 20], addition_embed_type="text_time",
         addition_time_embed_dim=256,
             projection_class_embeddings_input_dim=2816,
         )  # fmt: skip
-    assert sum(p.numel() for p in network.parameters()) == pytest.approx(footprint.SDXL_PARAMETERS["unet"], rel=1e-4)
+    assert sum(p.numel() for p in network.parameters()) == pytest.approx(published.SDXL_PARAMETERS["unet"], rel=1e-4)
     adapter.attach(network, 4, Family.lora_targets, torch.Generator())
-    assert sum(p.numel() for p in adapter.parameters(network).values()) == 4 * footprint.SDXL_ADAPTER_PER_RANK
+    assert sum(p.numel() for p in adapter.parameters(network).values()) == 4 * published.SDXL_ADAPTER_PER_RANK
 
 
 def test_a_hub_id_of_sdxl_is_predicted_as_sdxl():
-    xl, sd = (footprint.networks(presets.load(name)) for name in ("sdxl-pickscore", "pickscore"))
+    xl, sd = (networks(presets.load(name)) for name in ("sdxl-pickscore", "pickscore"))
     assert sum(xl.parameters.values()) > 3 * sum(sd.parameters.values())
     assert xl.pixels == 1024**2 and sd.pixels == 512**2
-    assert footprint.networks(presets.load("sdxl-pickscore-24gb")).pixels == 768**2
-    assert not xl.vae_in_fp32 and footprint.networks(presets.load("sdxl-pickscore", [("model.vae", None)])).vae_in_fp32
+    assert networks(presets.load("sdxl-pickscore-24gb")).pixels == 768**2
+    assert not xl.vae_in_fp32 and networks(presets.load("sdxl-pickscore", [("model.vae", None)])).vae_in_fp32
 
 
 @pytest.mark.parametrize(("name", "gigabytes"), [("sdxl-pickscore", 80), ("sdxl-hpsv2", 80), ("sdxl-pickscore-24gb", 24)])
@@ -277,7 +278,7 @@ def flow_call(network, dtype=torch.float32):
     """Two images of 64 x 64 latents, with as many tokens of text as the family gives."""
     make = lambda *shape: torch.empty(*shape, dtype=dtype, device="meta")
     kind = type(network).__name__
-    texts, common = make(2, footprint.TEXT_TOKENS[kind], 96), {"pooled_projections": make(2, 64), "timestep": make(2), "return_dict": False}
+    texts, common = make(2, counting.TEXT_TOKENS[kind], 96), {"pooled_projections": make(2, 64), "timestep": make(2), "return_dict": False}
     if kind.startswith("Flux"):
         return network(
             hidden_states=make(2, 1024, 64), encoder_hidden_states=texts, txt_ids=make(texts.shape[1], 3), img_ids=make(1024, 3),
@@ -313,7 +314,7 @@ def test_what_a_flow_transformer_keeps_is_counted(flash, name, checkpointing, dt
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         flow_call(network, dtype)
-    nets = footprint.counted_transformer(config, footprint.SD1_VAE, {"transformer": 1e9})
+    nets = counting.counted_transformer(config, published.SD1_VAE, {"transformer": 1e9})
     once_more = nets.largest_block * dtype.itemsize + nets.largest_cast * (dtype.itemsize < 4) if checkpointing else 0
     counted = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 2
     assert counted * 0.75 < footprint.backward_bytes(nets, dtype.itemsize, checkpointing) - once_more < counted * 1.25
@@ -325,7 +326,7 @@ def test_what_a_flow_transformers_call_needs_is_counted(flash, name):
     network, config = flow_network(FLOW[name], torch.bfloat16)
     with torch.no_grad(), Alive(network) as alive:
         flow_call(network, torch.bfloat16)
-    nets = footprint.counted_transformer(config, footprint.SD1_VAE, {"transformer": 1e9})
+    nets = counting.counted_transformer(config, published.SD1_VAE, {"transformer": 1e9})
     assert alive.peak / 2 * 0.8 < footprint.forward_bytes(nets, 2) < alive.peak / 2 * 1.4
 
 
@@ -336,8 +337,8 @@ def test_what_a_call_computes_is_counted(name):
     network, config = flow_network(FLOW[name]) if name in FLOW else (unet(UNETS[name], torch.float32), UNETS[name])
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         flow_call(network) if name in FLOW else call(network, config, torch.float32)
-    count = footprint.counted_transformer if name in FLOW else footprint.counted
-    nets = count(config, footprint.SD1_VAE, {"unet": 1e9, "transformer": 1e9})
+    count = counting.counted_transformer if name in FLOW else counting.counted
+    nets = count(config, published.SD1_VAE, {"unet": 1e9, "transformer": 1e9})
     assert nets.forward_flops == pytest.approx(counter.get_total_flops() / 2, rel=0.06)
 
 
@@ -353,13 +354,13 @@ def test_what_a_decode_computes_is_counted():
         )  # fmt: skip
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             vae.decode(torch.empty(1, 4, 64, 64))
-    nets = footprint.counted({**footprint.SD1_UNET, "sample_size": 64}, VAES["small"], PARAMETERS)
+    nets = counting.counted({**published.SD1_UNET, "sample_size": 64}, VAES["small"], PARAMETERS)
     assert nets.decode_flops == pytest.approx(counter.get_total_flops(), rel=0.06)
 
 
 @pytest.mark.parametrize(("base", "billions"), [("black-forest-labs/FLUX.1-dev", 11.9), ("stabilityai/stable-diffusion-3.5-large", 8.05)])
 def test_a_hub_id_of_a_flow_model_is_predicted_as_itself(base, billions):
-    nets = footprint.networks(make_preset(model__base=base))
+    nets = networks(make_preset(model__base=base))
     assert nets.parameters["transformer"] == pytest.approx(billions * 1e9, rel=0.01) and nets.pixels == 1024**2
     assert nets.guides_by_input == ("FLUX" in base)
 
@@ -380,14 +381,14 @@ def test_a_folder_is_predicted_by_its_own_parts(tmp_path):
         save_file(tensors, folder / part / "model.safetensors")
         save_file({"a": torch.zeros(999)}, folder / part / "model.fp16.safetensors")
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipeline"}))
-    nets = footprint.networks(make_preset(model__base=str(folder), model__resolution=[512, 256]))
+    nets = networks(make_preset(model__base=str(folder), model__resolution=[512, 256]))
     assert nets.parameters == {"transformer": 730, "vae": 50, "text_encoder_3": 9}
     assert (nets.pixels, nets.latent_elements) == (512 * 256, 16 * 64 * 32)
-    assert "text_encoder_3" not in footprint.networks(make_preset(model__base=str(folder), model__drop_t5=True)).parameters
+    assert "text_encoder_3" not in networks(make_preset(model__base=str(folder), model__drop_t5=True)).parameters
 
 
 def test_a_moving_average_is_counted():
     plain, averaged = (make_preset(model__base="CompVis/stable-diffusion-v1-4", update__ema_decay=decay) for decay in (0.0, 0.9))
-    nets = footprint.networks(plain)
+    nets = networks(plain)
     more = footprint.weight_bytes(averaged, nets, 2) - footprint.weight_bytes(plain, nets, 2)
-    assert more == 4 * footprint.ADAPTER_PER_RANK * averaged.model.lora_rank
+    assert more == 4 * published.ADAPTER_PER_RANK * averaged.model.lora_rank

@@ -18,12 +18,30 @@ RESNET_CHECKPOINTED, TRANSFORMER_CHECKPOINTED, ENDS_CHECKPOINTED = 0.97, 1.0, 3.
 LINEAR_ENDS = 0.25  # of that with linear projections in place of convolutions
 # ... and what a half-precision network adds for LoRA's fp32 inputs, in bytes per element of a transformer block
 LORA_CAST = 20.0
-# the same of a flow transformer, per element of its tokens, image and text together: a block with two streams as SD3's, what normalised queries
-# and keys add, FLUX's blocks with two streams and with one; (numbers kept, LoRA's bytes in half precision)
-JOINT, NORMALISED, FLUX_DOUBLE, FLUX_SINGLE = (12.1, 12.1), (2.0, 8.1), (19.1, 26.2), (12.1, 14.1)
-TRANSFORMER_FORWARD = 17.5  # numbers alive at the peak of a call that keeps nothing
-TEXT_TOKENS = {"SD3Transformer2DModel": 333, "FluxTransformer2DModel": 512}
+NORMALISED = (2.0, 8.1)  # what normalised queries and keys add to a block of Stable Diffusion 3
+TEXT_TOKENS = {"SD3Transformer2DModel": 333}  # of a prompt; the others' are padded to 512, or at most that long as a rule
 CLIP_TOKENS = 77
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A flow transformer's blocks, per element of its tokens, image and text together: those with two streams, or all; those with one."""
+
+    double: tuple[float, float]  # numbers that a block keeps for the backward pass, and bytes of LoRA's fp32 inputs in half precision
+    single: tuple[float, float] = (0.0, 0.0)
+    adapter: tuple[int, int] = (16, 0)  # LoRA's weights per rank and channel of a block, for the family's targets
+    forward: float = 17.5  # numbers alive at the peak of a call that keeps nothing
+    products: int = 12  # weights of a block's products, in squares of the channels: four of attention, the rest the feed-forward's
+    packed: bool = True  # its channels are those of 2 x 2 latents
+
+
+KINDS = {
+    "SD3Transformer2DModel": Kind((12.1, 12.1), packed=False),
+    "FluxTransformer2DModel": Kind((19.1, 26.2), (12.1, 14.1), adapter=(36, 6)),
+    "Flux2Transformer2DModel": Kind((18.4, 12.2), (21.1, 18.1), adapter=(8, 15), forward=22.8, products=13),
+    "ZImageTransformer2DModel": Kind((19.1, 38.2), adapter=(8, 0), packed=False),
+    "QwenImageTransformer2DModel": Kind((19.2, 30.3), adapter=(36, 0)),
+}
 
 
 @dataclass(frozen=True)
@@ -137,39 +155,42 @@ def counted(unet: dict[str, Any], vae: dict[str, Any], parameters: dict[str, flo
 
 # --- a flow transformer -------------------------------------------------------------------------------------------------
 def counted_transformer(net: dict[str, Any], vae: dict[str, Any], parameters: dict[str, float], vae_in_fp32: bool = False) -> Networks:
-    """A flow transformer as SD3's or FLUX's: every block computes with all tokens of the image and of the prompt."""
-    if "n_layers" in net:  # Z-Image names them differently
-        layers = net["n_layers"] + 2 * net.get("n_refiner_layers", 0)
+    """A flow transformer of one of KINDS: every block computes with all tokens of the image and of the prompt."""
+    refiners = net.get("n_refiner_layers", 0)
+    if "n_layers" in net:  # Z-Image names them differently; its refiners work in pairs, one on the image and one on the prompt
+        layers = net["n_layers"] + refiners
         own = {"num_layers": layers, "num_attention_heads": net["n_heads"], "attention_head_dim": net["dim"] // net["n_heads"]}
         net = {**net, **own, "patch_size": min(net.get("all_patch_size") or (2,))}
-    flux = str(net.get("_class_name", "")).startswith("Flux")
-    height, width = _sides(net.get("sample_size") or 128)  # FLUX's configs have none; its pipeline's size is 128
-    patch = 2 if flux else net["patch_size"]  # FLUX packs 2 x 2 latents itself
+    name = str(net.get("_class_name"))
+    kind, sd3 = KINDS.get(name, KINDS["SD3Transformer2DModel"]), name not in KINDS or name.startswith("SD3")
+    height, width = _sides(net.get("sample_size") or 128)  # the others' configs have none; their pipelines' size is 128
+    patch = 2 if kind.packed else net["patch_size"]
     tokens, channels = height // patch * (width // patch), net["attention_head_dim"] * net["num_attention_heads"]
-    both = tokens + TEXT_TOKENS.get(str(net.get("_class_name")), 512)
+    both = tokens + TEXT_TOKENS.get(name, 512)
     double, single, dual = net["num_layers"], net.get("num_single_layers", 0), len(net.get("dual_attention_layers") or ())
-    kept, cast = FLUX_DOUBLE if flux else tuple(a + b for a, b in zip(JOINT, NORMALISED, strict=True)) if net.get("qk_norm") else JOINT
+    kept, cast = kind.double
+    if sd3 and net.get("qk_norm"):
+        kept, cast = kept + NORMALISED[0], cast + NORMALISED[1]
     elements = both * channels
-    # four products of attention and the feed-forward's eight; the scores and what they weigh
-    flops = 2 * (double + single) * (12 * channels**2 * both + 2 * channels * both**2)
+    # the products; attention's scores and what they weigh
+    flops = 2 * (double + single) * (kind.products * channels**2 * both + 2 * channels * both**2)
     flops += 2 * dual * (4 * channels**2 * tokens + 2 * channels * tokens**2)
-    # the families' LoRA per rank, input and output channels of each product: SD3's eight of attention (the last block has seven); FLUX's
-    # and four of the feed-forwards, and three where a block has one stream
-    adapter = (36 * double + 6 * single if flux else 16 * double - 2) * channels
+    largest = max(kind.double, kind.single) if not sd3 else (kept, cast)
     return Networks(
         parameters=parameters,
         denoiser="transformer",
-        latent_elements=net["in_channels"] // (4 if flux else 1) * height * width,
-        kept=elements * (double * kept + single * FLUX_SINGLE[0]),
-        kept_cast=elements * (double * cast + single * FLUX_SINGLE[1]),
+        latent_elements=net["in_channels"] // (4 if kind.packed else 1) * height * width,
+        kept=elements * (double * kept + single * kind.single[0]),
+        kept_cast=elements * (double * cast + single * kind.single[1]),
         kept_checkpointed=elements * (double + single + 1.0),
-        largest_block=elements * kept,
-        largest_cast=elements * cast,
-        forward=elements * TRANSFORMER_FORWARD,
+        largest_block=elements * largest[0],
+        largest_cast=elements * largest[1],
+        forward=elements * kind.forward,
         forward_flops=flops,
-        adapter_per_rank=adapter,
+        # the last block of Stable Diffusion 3 has one product less
+        adapter_per_rank=(kind.adapter[0] * (double + refiners) + kind.adapter[1] * single - 2 * sd3) * channels,
         convolutions=0,
-        guides_by_input=flux and bool(net.get("guidance_embeds")),
+        guides_by_input=bool(net.get("guidance_embeds")),
         vae_in_fp32=vae_in_fp32,
         embedded=sum(parameters.values()) < 50e6,
         **_decoder(vae, height, width),
@@ -193,4 +214,6 @@ def _decoder(vae: dict[str, Any], height: int, width: int) -> dict[str, Any]:
         if level < len(channels) - 1:
             area *= 4
             flops += 2 * area * 9 * leaving**2
-    return {"pixels": area, "vae_channels": channels[min(1, len(channels) - 1)], "decode_flops": float(flops)}
+    # a VAE of videos pads a picture to three frames; half of its products are of frames
+    frames = vae.get("frames", 1)
+    return {"pixels": area, "vae_channels": channels[min(1, len(channels) - 1)] * frames, "decode_flops": float(flops * (1 + frames) / 2)}

@@ -80,11 +80,31 @@ def weight_bytes(preset: Preset, nets: Networks, size: int) -> float:
 
 def saved_bytes(preset: Preset, nets: Networks, size: int) -> float:
     """What model.quantise saves: of the denoiser's linear layers, and of large text encoders, whose embeddings are counted with them."""
-    if preset.model.quantise is None:
+    return _saved(preset, size, max(0.0, nets.parameters[nets.denoiser] - nets.convolutions) + sum(_texts(nets, LARGE_TEXT)))
+
+
+def _saved(preset: Preset, size: int, weights: float) -> float:
+    return 0.0 if preset.model.quantise is None else weights * (size - QUANTISED_BYTES[preset.model.quantise])
+
+
+def _texts(nets: Networks, least: float = 0.0) -> list[float]:
+    """The weights of each text encoder that has more than so many."""
+    return [count for name, count in nets.parameters.items() if name.startswith("text_encoder") and count > least]
+
+
+def leaving_bytes(preset: Preset, nets: Networks, size: int) -> float:
+    """Text encoders that leave a GPU once prompts are encoded: those of the flow families."""
+    if nets.denoiser != "transformer":
         return 0.0
-    large = sum(count for name, count in nets.parameters.items() if name.startswith("text_encoder") and count > LARGE_TEXT)
-    linear = max(0.0, nets.parameters[nets.denoiser] - nets.convolutions)
-    return (linear + large) * (size - QUANTISED_BYTES[preset.model.quantise])
+    return sum(_texts(nets)) * size - _saved(preset, size, sum(_texts(nets, LARGE_TEXT)))
+
+
+def encoding_bytes(preset: Preset, nets: Networks, size: int) -> float:
+    """Weights on a GPU while text encoders compute there; the denoiser comes later where embeddings are kept, and is there before in 4 bits."""
+    whole = weight_bytes(preset, nets, size)
+    if preset.run.cache_limit is None or preset.model.quantise == "nf4":
+        return whole
+    return leaving_bytes(preset, nets, size) + nets.parameters.get("vae", 0.0) * size
 
 
 # --- one epoch ----------------------------------------------------------------------------------------------------------

@@ -99,7 +99,9 @@ def phases(preset: Preset, processes: int = 1, plan: Plan = USUAL, gpu: bool = T
     images = mine * nets.pixels * 3 * 4
     parked = plan.park and gpu
     resting, encoder, scorer = (0, *footprint.largest_scorers(preset, nets)) if parked else (scorers, scorers, scorers)
-    always = footprint.weight_bytes(preset, nets, bytes_each) + (footprint.CUDA_CONTEXT if gpu else footprint.LIBRARIES)
+    base = footprint.CUDA_CONTEXT if gpu else footprint.LIBRARIES
+    leaving = footprint.leaving_bytes(preset, nets, bytes_each) if gpu else 0
+    always = base + footprint.weight_bytes(preset, nets, bytes_each) - leaving
     clean = footprint.clean_bytes(preset, nets, processes)
     if not (plan.offload and gpu):
         always += footprint.trajectory_bytes(preset, nets, processes)
@@ -114,7 +116,8 @@ def phases(preset: Preset, processes: int = 1, plan: Plan = USUAL, gpu: bool = T
     }
     resident = {"sampling": resting + clean, "decoding": encoder + images + clean, "scoring": scorer + images, "training": resting}
     copies = 1.0 if gpu else footprint.CPU_COPIES
-    return {name: int(always + resident[name] + copies * part) for name, part in parts.items()}
+    encoding = {"encoding": int(base + footprint.encoding_bytes(preset, nets, bytes_each))} if leaving else {}
+    return encoding | {name: int(always + resident[name] + copies * part) for name, part in parts.items()}
 
 
 def choose(preset: Preset, limit: int | None, processes: int = 1, gpu: bool = True) -> Plan:

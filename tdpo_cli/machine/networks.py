@@ -17,16 +17,16 @@ def networks(preset: Preset) -> Networks:
     """The preset's base model, read from its parts' configs and weight files; by its name where it is not on this disk."""
     base = ZOO / EMBEDDED[preset.model.base] if is_embedded(preset.model.base) else Path(preset.model.base).expanduser()
     xl, here = is_sdxl(base), (base / "model_index.json").is_file()
-    known = next((one for word, one in TRANSFORMERS.items() if word in preset.model.base.lower()), None) if not here else None
+    known = None if here else _published(preset.model.base)
     if known is not None:
-        denoiser, parameters, vae = known[0], dict(known[1]), SD1_VAE
+        denoiser, parameters, vae = known[0], dict(known[1]), known[2] if len(known) > 2 else SD1_VAE
     else:
         denoiser, vae, parameters = (SDXL_UNET, SDXL_VAE, dict(SDXL_PARAMETERS)) if xl else (SD1_UNET, SD1_VAE, dict(SD1_PARAMETERS))
     name = "transformer" if known is not None or (base / "transformer" / "config.json").is_file() else "unet"
     if (base / name / "config.json").is_file():
         own = _read(base / name / "config.json", private=True)
         denoiser = own if name == "transformer" else {**SD1_UNET, **own}
-        vae = {**SD1_VAE, **(_read(base / "vae" / "config.json") if (base / "vae" / "config.json").is_file() else {})}
+        vae = _vae(_read(base / "vae" / "config.json") if (base / "vae" / "config.json").is_file() else {})
         stored = {part.parent.name: stored_parameters(part.parent) for part in base.glob("*/config.json")}
         # of a part whose files are not safetensors the published size is left
         parameters = {part: stored.get(part) or parameters.get(part, 0.0) for part in {**parameters, **stored} if part in stored}
@@ -40,13 +40,28 @@ def networks(preset: Preset) -> Networks:
     return count(denoiser, vae, parameters, upcast)
 
 
-UNCOUNTED = ("qwen", "z-image", "flux.2", "flux2")  # what hub ids of models contain whose sizes no table here has
+def _published(base: str) -> tuple[dict[str, Any], ...] | None:
+    """Config, weights and VAE of a flow model, by what its hub id contains; None where no table has it."""
+    name = base.lower()
+    found = next((word for word in TRANSFORMERS if word in name), None)
+    return None if found is None or (found == "flux" and any(word in name for word in UNCOUNTED)) else TRANSFORMERS[found]
+
+
+UNCOUNTED = ("qwen", "z-image", "flux.2", "flux2")  # what hub ids contain whose model is none of the published ones
 
 
 def guessed(preset: Preset) -> bool:
     """Whether the prediction is of another model's size, since this one's is not known before it is downloaded."""
-    here = is_embedded(preset.model.base) or (Path(preset.model.base).expanduser() / "model_index.json").is_file()
-    return not here and any(word in preset.model.base.lower() for word in UNCOUNTED)
+    base = preset.model.base
+    here = is_embedded(base) or (Path(base).expanduser() / "model_index.json").is_file()
+    return not here and _published(base) is None and any(word in base.lower() for word in UNCOUNTED)
+
+
+def _vae(config: dict[str, Any]) -> dict[str, Any]:
+    """A VAE's config, that of a video VAE in the other ones' words."""
+    if "base_dim" in config:
+        return {"block_out_channels": [config["base_dim"] * factor for factor in config["dim_mult"]], "frames": 3}
+    return {**SD1_VAE, **config}
 
 
 def stored_parameters(folder: Path) -> int:

@@ -30,7 +30,29 @@ FLUX = {
     "_class_name": "FluxTransformer2DModel", "in_channels": 64, "patch_size": 1, "num_layers": 19, "num_single_layers": 38,
     "attention_head_dim": 128, "num_attention_heads": 24, "guidance_embeds": True,
 }  # fmt: skip
+QWEN3_4B = 4.0225e9
+KLEIN = {
+    "_class_name": "Flux2Transformer2DModel", "in_channels": 128, "patch_size": 1, "num_layers": 5, "num_single_layers": 20,
+    "attention_head_dim": 128, "num_attention_heads": 24,
+}  # fmt: skip
+KLEIN_4B = (KLEIN, {"vae": 84.0e6, "text_encoder": QWEN3_4B, "transformer": 3.8755e9})
+KLEIN_9B = (
+    {**KLEIN, "num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32}, {"vae": 84.0e6, "text_encoder": 8.1907e9, "transformer": 9.0786e9},
+)  # fmt: skip
+Z_IMAGE = {
+    "_class_name": "ZImageTransformer2DModel", "in_channels": 16, "all_patch_size": (2,), "dim": 3840, "n_layers": 30, "n_refiner_layers": 2,
+    "n_heads": 30,
+}  # fmt: skip
+QWEN_IMAGE = {
+    "_class_name": "QwenImageTransformer2DModel", "in_channels": 64, "patch_size": 2, "num_layers": 60, "attention_head_dim": 128,
+    "num_attention_heads": 24,
+}  # fmt: skip
+QWEN_VAE = {"block_out_channels": (96, 192, 384, 384), "frames": 3}  # of videos: a picture is padded to three frames
 TRANSFORMERS = {
+    **{name: KLEIN_4B for name in ("klein-base-4b", "klein-4b")},
+    **{name: KLEIN_9B for name in ("klein-base-9b", "klein-9b")},
+    "z-image": (Z_IMAGE, {"vae": 83.8e6, "text_encoder": QWEN3_4B, "transformer": 6.1549e9}),
+    "qwen-image": (QWEN_IMAGE, {"vae": 126.9e6, "text_encoder": 8.2922e9, "transformer": 20.4304e9}, QWEN_VAE),
     "3.5-large": ({**SD3, "num_layers": 38, "num_attention_heads": 38, "qk_norm": "rms_norm"}, {**SD3_PARTS, "transformer": 8.0518e9}),
     "3.5-medium": ({**SD3, "dual_attention_layers": range(13), "qk_norm": "rms_norm"}, {**SD3_PARTS, "transformer": 2.2401e9}),
     "stable-diffusion-3": (SD3, {**SD3_PARTS, "transformer": 2.0253e9}),

@@ -17,7 +17,7 @@ from tdpo_cli.config import preset as presets
 from tdpo_cli.config.preset import Preset
 from tdpo_cli.errors import RequestError
 from tdpo_cli.machine import counting, footprint, memory, published
-from tdpo_cli.machine.networks import networks
+from tdpo_cli.machine.networks import guessed, networks
 from tdpo_cli.models import adapter
 from tdpo_cli.models.family import Family
 
@@ -262,23 +262,43 @@ SHAPE = dict(attention_head_dim=64, num_attention_heads=4, joint_attention_dim=9
 NORMED = {"dual_attention_layers": (0,), "qk_norm": "rms_norm"}
 SD3_NET = dict(sample_size=64, in_channels=16, out_channels=16, patch_size=2, num_layers=3, caption_projection_dim=256, pos_embed_max_size=96)
 FLUX_NET = dict(in_channels=64, patch_size=1, num_layers=2, num_single_layers=3, guidance_embeds=True, axes_dims_rope=(16, 24, 24))
-FLOW = {"SD3": {**SHAPE, **SD3_NET}, "SD3.5": {**SHAPE, **SD3_NET, **NORMED}, "FLUX": {**SHAPE, **FLUX_NET}}
+NEWER = dict(attention_head_dim=64, num_attention_heads=4, joint_attention_dim=96)
+KLEIN_NET = dict(in_channels=128, num_layers=2, num_single_layers=3, guidance_embeds=False, axes_dims_rope=(16, 16, 16, 16), patch_size=1)
+Z_NET = dict(in_channels=16, dim=256, n_layers=3, n_refiner_layers=1, n_heads=4, n_kv_heads=4, cap_feat_dim=96, axes_dims=[16, 24, 24])
+QWEN_NET = dict(in_channels=64, num_layers=3, axes_dims_rope=(16, 24, 24), patch_size=2)
+FLOW = {
+    "SD3": {**SHAPE, **SD3_NET}, "SD3.5": {**SHAPE, **SD3_NET, **NORMED}, "FLUX": {**SHAPE, **FLUX_NET}, "klein": {**NEWER, **KLEIN_NET},
+    "Z-Image": Z_NET, "Qwen-Image": {**NEWER, **QWEN_NET},
+}  # fmt: skip
+CLASSES = {"FLUX": "Flux", "klein": "Flux2", "Z-Image": "ZImage", "Qwen-Image": "QwenImage"}
 
 
-def flow_network(config, dtype=torch.float32):
+def flow_network(name, dtype=torch.float32):
     import diffusers
 
-    kind = "Flux" if "axes_dims_rope" in config else "SD3"
+    config, kind = FLOW[name], f"{CLASSES.get(name, 'SD3')}Transformer2DModel"
+    if not hasattr(diffusers, kind):
+        pytest.skip(f"this diffusers has no {kind}")
     with torch.device("meta"):
-        network = getattr(diffusers, f"{kind}Transformer2DModel")(**config)
-    return network.to(dtype).requires_grad_(False).eval(), {**config, "_class_name": f"{kind}Transformer2DModel", "sample_size": 64}
+        network = getattr(diffusers, kind)(**config)
+    return network.to(dtype).requires_grad_(False).eval(), {**config, "_class_name": kind, "sample_size": 64}
 
 
 def flow_call(network, dtype=torch.float32):
     """Two images of 64 x 64 latents, with as many tokens of text as the family gives."""
     make = lambda *shape: torch.empty(*shape, dtype=dtype, device="meta")
     kind = type(network).__name__
-    texts, common = make(2, counting.TEXT_TOKENS[kind], 96), {"pooled_projections": make(2, 64), "timestep": make(2), "return_dict": False}
+    texts = make(2, counting.TEXT_TOKENS.get(kind, 512), 96)
+    if kind.startswith("ZImage"):
+        return network([make(16, 1, 64, 64)] * 2, make(2), list(texts), return_dict=False)
+    common = {"timestep": make(2), "return_dict": False}
+    if kind.startswith("Qwen"):
+        shapes = [[(1, 32, 32)]] * 2
+        return network(hidden_states=make(2, 1024, 64), encoder_hidden_states=texts, encoder_hidden_states_mask=None, img_shapes=shapes, **common)
+    if kind.startswith("Flux2"):
+        ids = {"txt_ids": make(2, 512, 4), "img_ids": make(2, 1024, 4)}
+        return network(hidden_states=make(2, 1024, 128), encoder_hidden_states=texts, guidance=None, **ids, **common)
+    common["pooled_projections"] = make(2, 64)
     if kind.startswith("Flux"):
         return network(
             hidden_states=make(2, 1024, 64), encoder_hidden_states=texts, txt_ids=make(texts.shape[1], 3), img_ids=make(1024, 3),
@@ -288,9 +308,13 @@ def flow_call(network, dtype=torch.float32):
 
 
 def lora_targets(name):
-    from tdpo_cli.models.families import flux, sd3
+    from tdpo_cli.models.families import flux, qwen_image, sd3
 
-    return flux.Flux.lora_targets if name == "FLUX" else sd3.StableDiffusion3.lora_targets
+    if name == "klein":
+        ends = [f"single_transformer_blocks.{i}.attn.to_out" for i in range(KLEIN_NET["num_single_layers"])]
+        return (*Family.lora_targets, "to_qkv_mlp_proj", *ends)
+    known = {"FLUX": flux.Flux, "Z-Image": Family, "Qwen-Image": qwen_image.QwenImage}
+    return known.get(name, sd3.StableDiffusion3).lora_targets
 
 
 @pytest.mark.parametrize(
@@ -301,7 +325,7 @@ def lora_targets(name):
     ],
 )
 def test_what_a_flow_transformer_keeps_is_counted(flash, name, checkpointing, dtype):
-    network, config = flow_network(FLOW[name], dtype)
+    network, config = flow_network(name, dtype)
     adapter.attach(network, 4, lora_targets(name), torch.Generator())
     if checkpointing:
         network.enable_gradient_checkpointing()
@@ -321,9 +345,9 @@ def test_what_a_flow_transformer_keeps_is_counted(flash, name, checkpointing, dt
     assert sum(p.numel() for p in adapter.parameters(network).values()) == 4 * nets.adapter_per_rank
 
 
-@pytest.mark.parametrize("name", ["FLUX", pytest.param("SD3", marks=pytest.mark.slow), pytest.param("SD3.5", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["FLUX", *(pytest.param(name, marks=pytest.mark.slow) for name in FLOW if name != "FLUX")])
 def test_what_a_flow_transformers_call_needs_is_counted(flash, name):
-    network, config = flow_network(FLOW[name], torch.bfloat16)
+    network, config = flow_network(name, torch.bfloat16)
     with torch.no_grad(), Alive(network) as alive:
         flow_call(network, torch.bfloat16)
     nets = counting.counted_transformer(config, published.SD1_VAE, {"transformer": 1e9})
@@ -334,7 +358,7 @@ def test_what_a_flow_transformers_call_needs_is_counted(flash, name):
 def test_what_a_call_computes_is_counted(name):
     from torch.utils.flop_counter import FlopCounterMode
 
-    network, config = flow_network(FLOW[name]) if name in FLOW else (unet(UNETS[name], torch.float32), UNETS[name])
+    network, config = flow_network(name) if name in FLOW else (unet(UNETS[name], torch.float32), UNETS[name])
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         flow_call(network) if name in FLOW else call(network, config, torch.float32)
     count = counting.counted_transformer if name in FLOW else counting.counted
@@ -358,18 +382,26 @@ def test_what_a_decode_computes_is_counted():
     assert nets.decode_flops == pytest.approx(counter.get_total_flops(), rel=0.06)
 
 
-@pytest.mark.parametrize(("base", "billions"), [("black-forest-labs/FLUX.1-dev", 11.9), ("stabilityai/stable-diffusion-3.5-large", 8.05)])
+PUBLISHED = {
+    "black-forest-labs/FLUX.1-dev": 11.9, "stabilityai/stable-diffusion-3.5-large": 8.05, "black-forest-labs/FLUX.2-klein-base-4B": 3.88,
+    "Tongyi-MAI/Z-Image": 6.15, "Qwen/Qwen-Image": 20.4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("base", "billions"), PUBLISHED.items())
 def test_a_hub_id_of_a_flow_model_is_predicted_as_itself(base, billions):
-    nets = networks(make_preset(model__base=base))
+    preset = make_preset(model__base=base)
+    nets = networks(preset)
+    assert not guessed(preset) and guessed(make_preset(model__base="black-forest-labs/FLUX.2-dev"))
     assert nets.parameters["transformer"] == pytest.approx(billions * 1e9, rel=0.01) and nets.pixels == 1024**2
-    assert nets.guides_by_input == ("FLUX" in base)
+    assert nets.guides_by_input == ("FLUX.1" in base)
 
 
 def test_a_folder_is_predicted_by_its_own_parts(tmp_path):
     """Torch is not needed for it: weights are counted from the headers of their files, whatever precision they are in."""
     from safetensors.torch import save_file
 
-    network, config = flow_network(FLOW["SD3.5"])
+    network, config = flow_network("SD3.5")
     folder = tmp_path / "model"
     for part, content, tensors in (
         ("transformer", {**config, "sample_size": 64}, {"a": torch.zeros(100, 7), "b": torch.zeros(30)}),

@@ -19,6 +19,7 @@ from tdpo_cli.machine.networks import networks
 MARGIN = 0.9  # of what is free; the rest is for fragmentation and what an estimate does not know
 CPU_MICRO_BATCH = 48  # larger gains nothing on a CPU
 DECODED = 8  # images per VAE call where only images are made
+CARDS = (16, 24, 48, 80)  # GiB, sold as GB
 UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
@@ -131,6 +132,38 @@ def choose(preset: Preset, limit: int | None, processes: int = 1, gpu: bool = Tr
     least = min(estimate(preset, processes, plan, gpu) for plan in plans)
     ways = advice(preset, plans[-1].micro_batch).removeprefix("Lower, in this order: ")
     raise RequestError(f"{size(limit)} of memory are too little: the smallest plan needs about {size(least)}. Allow more, or lower: {ways}")
+
+
+def cards(preset: Preset) -> dict[str, dict[str, Any]]:
+    """GiB of a card -> the roomiest plan that it holds and what the smallest plan needs; where none fits, how to quantise so that one does."""
+    found = {}
+    for card in CARDS:
+        room = MARGIN * card * footprint.GiB
+        plan, least = _roomiest(preset, room)
+        smaller = None
+        if plan is None and preset.model.quantise is None and preset.model.lora_rank > 0:
+            quantised = {kind: replace(preset, model=replace(preset.model, quantise=kind)) for kind in ("int8", "nf4")}
+            smaller = next((kind for kind, one in quantised.items() if _roomiest(one, room)[0] is not None), None)
+        found[str(card)] = {"plan": plan and plan.as_dict(), "least_memory_bytes": least, "quantise": smaller}
+    return found
+
+
+def _roomiest(preset: Preset, room: float) -> tuple[Plan | None, int]:
+    """The first plan of a GPU's ladder that fits, and the bytes of the smallest."""
+    needs = {plan: estimate(preset, 1, plan) for plan in ladder(preset, gpu=True)}
+    return next((plan for plan, need in needs.items() if need <= room), None), min(needs.values())
+
+
+def card_lines(held: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    """What `cards` found, in words."""
+    return [(f"{card} GB card", _card_words(**one)) for card, one in held.items()]
+
+
+def _card_words(plan: dict[str, Any] | None, least_memory_bytes: int, quantise: str | None) -> str:
+    if plan is None:
+        way = f"; holds it with model.quantise={quantise}" if quantise else ""
+        return f"too small: needs {size(least_memory_bytes)}{way}"
+    return f"micro-batch {plan['micro_batch']}" + (", gradient checkpointing" if plan["checkpointing"] else "")
 
 
 def sample_batch(preset: Preset, free: int | None) -> int:

@@ -17,7 +17,7 @@ def networks(preset: Preset) -> Networks:
     """The preset's base model, read from its parts' configs and weight files; by its name where it is not on this disk."""
     base = ZOO / EMBEDDED[preset.model.base] if is_embedded(preset.model.base) else Path(preset.model.base).expanduser()
     xl, here = is_sdxl(base), (base / "model_index.json").is_file()
-    known = None if here else _published(preset.model.base)
+    known = None if here else published(preset.model.base)
     if known is not None:
         denoiser, parameters, vae = known[0], dict(known[1]), known[2] if len(known) > 2 else SD1_VAE
     else:
@@ -40,7 +40,7 @@ def networks(preset: Preset) -> Networks:
     return count(denoiser, vae, parameters, upcast)
 
 
-def _published(base: str) -> tuple[dict[str, Any], ...] | None:
+def published(base: str) -> tuple[dict[str, Any], ...] | None:
     """Config, weights and VAE of a flow model, by what its hub id contains; None where no table has it."""
     name = base.lower()
     found = next((word for word in TRANSFORMERS if word in name), None)
@@ -54,7 +54,7 @@ def guessed(preset: Preset) -> bool:
     """Whether the prediction is of another model's size, since this one's is not known before it is downloaded."""
     base = preset.model.base
     here = is_embedded(base) or (Path(base).expanduser() / "model_index.json").is_file()
-    return not here and _published(base) is None and any(word in base.lower() for word in UNCOUNTED)
+    return not here and published(base) is None and any(word in base.lower() for word in UNCOUNTED)
 
 
 def _vae(config: dict[str, Any]) -> dict[str, Any]:

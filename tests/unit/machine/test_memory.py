@@ -424,3 +424,38 @@ def test_a_moving_average_is_counted():
     nets = networks(plain)
     more = footprint.weight_bytes(averaged, nets, 2) - footprint.weight_bytes(plain, nets, 2)
     assert more == 4 * published.ADAPTER_PER_RANK * averaged.model.lora_rank
+
+
+# --- what cards hold --------------------------------------------------------------------------------------------------------
+def test_a_card_holds_the_roomiest_plan_that_fits():
+    preset = presets.load("flux-grpo-pickscore")
+    found = memory.cards(preset)
+    assert [int(card) for card in found] == [16, 24, 48, 80]
+    for card, one in found.items():
+        room = 0.9 * int(card) * 2**30
+        plans = [plan for plan in memory.GPU_LADDER if memory.estimate(preset, 1, plan) <= room]
+        assert one["plan"] == (plans[0].as_dict() if plans else None)
+        assert one["least_memory_bytes"] == min(memory.estimate(preset, 1, plan) for plan in memory.GPU_LADDER)
+    assert found["80"]["plan"] and not found["24"]["plan"]
+    # where no plan fits, the way to quantise that makes one fit
+    small = presets.load("flux-grpo-pickscore", [("model.quantise", found["24"]["quantise"])])
+    assert memory.cards(small)["24"]["plan"] and memory.cards(small)["24"]["quantise"] is None
+    assert "holds it with model.quantise=" in dict(memory.card_lines(found))["24 GB card"]
+
+
+def test_text_encoders_of_flow_models_leave_before_the_denoiser_comes():
+    preset = presets.load("z-image-grpo-pickscore")
+    plan, weights = memory.Plan(1, 1, 1, checkpointing=True, park=True, offload=True), networks(preset).parameters
+    kept, encoded = (memory.phases(presets.override(preset, [("run.cache_limit", limit)]), 1, plan) for limit in ("20GB", None))
+    assert kept["training"] == encoded["training"] < 2 * sum(weights.values())
+    assert encoded["encoding"] - kept["encoding"] > 2 * weights["transformer"]
+    assert kept["encoding"] > 2 * weights["text_encoder"]
+
+
+@pytest.mark.parametrize("name", ["quickstart", "qwen-image-grpo-pickscore"])
+def test_a_dry_run_fits_80_columns_and_gives_no_time_without_a_rate(name):
+    shown = tdpo("train", "--preset", name, "--dry-run").err
+    assert max(len(line) for line in shown.splitlines()) <= 80
+    assert (" at 200 TFLOP/s" in shown) == ("80 GB card" in shown) == (name != "quickstart")
+    facts = json.loads(tdpo("train", "--preset", name, "--dry-run", "--json").out)
+    assert facts["cards"] == ({} if name == "quickstart" else memory.cards(presets.load(name)))

@@ -40,6 +40,7 @@ class Model:
     lora_targets: tuple[str, ...] | None = knob(None, "suffixes of the module names that get a LoRA; default the family's attention")
     text_lora: Literal["refuse", "fuse"] = knob("refuse", "text-encoder weights in the LoRA of start_from: an error, or part of the frozen base")
     vae: str | None = knob(None, "another VAE: a folder or hub id; default the base model's")
+    vae_tiling: bool = knob(False, "decode large images in overlapping tiles: less memory, and slightly other pixels, so rewards change too")
     tiny_vae: str | None = knob(None, "the AutoencoderTiny of algorithm.critic_view tiny: a folder or hub id made for this model's latents")
     allow_distilled: bool = knob(False, "train a model that was distilled to few steps all the same")
     dtype: Literal["fp32", "fp16", "bf16"] = knob("fp16", "of the networks on a GPU; a CPU computes in fp32")

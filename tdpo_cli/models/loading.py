@@ -69,6 +69,10 @@ def load(
     module, _, name = entry.place.partition(":")
     dtype = DTYPES[model.dtype] if device.type != "cpu" else torch.float32
     family: Family = getattr(importlib.import_module(module), name).load(source, model, dtype, device)
+    if model.vae_tiling:
+        if not hasattr(family.pipeline.vae, "enable_tiling"):
+            raise RequestError(f"model.vae_tiling: a {type(family.pipeline.vae).__name__} has no tiles. Use --set model.vae_tiling=false.")
+        family.pipeline.vae.enable_tiling()
     if embeddings is None or not family.unread or text_lora(model):  # a LoRA on the text encoders is not part of their files
         embeddings = None
         family.read_text_encoders()

@@ -673,6 +673,18 @@ def critic_view(tmp_path):
         assert same(numbers(run_with(changes | unread)), numbers(run_with({} if "model.tiny_vae" in changes else changes)))
 
 
+def vae_tiling():
+    """model.vae_tiling: images larger than a tile have slightly other pixels; smaller ones have the same."""
+    plain, tiled = (start({"model.resolution": 64, "model.vae_tiling": on}).policy for on in (False, True))
+    assert tiled.family.pipeline.vae.use_tiling and not plain.family.pipeline.vae.use_tiling
+    latents = torch.randn(1, *plain.latent_shape, generator=torch.Generator().manual_seed(0))
+    one, other = plain.decode(latents), tiled.decode(latents)
+    assert one.shape == other.shape == (1, 3, 64, 64) and 0 <= float(other.min()) < float(other.max()) <= 1
+    assert 1e-4 < (one - other).abs().mean() < 0.1
+    small = latents[:, :, :8, :8]
+    assert torch.equal(plain.decode(small), tiled.decode(small))
+
+
 def resolution():
     """Pixels: one number or two; latents follow, and what does not divide is refused."""
     shapes = {value: start({"model.resolution": value}).policy.latent_shape for value in (32, (16, 48))}
@@ -699,6 +711,7 @@ ELSEWHERE = {
     "algorithm.critic_state": critic_state,
     "algorithm.critic_view": critic_view,
     "model.tiny_vae": critic_view,
+    "model.vae_tiling": vae_tiling,
     "rollout.prompts": rollout_prompts,
     "rollout.eval_prompts": eval_prompts,
     "reward.watch": watch,

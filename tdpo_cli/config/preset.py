@@ -341,7 +341,16 @@ TRUE_REWARDS = frozenset({"gold"})  # what a verdict is judged by: shown, read b
 COMBINED = "combined"  # the curve of several training rewards together
 TABLES = ("checkpoints", "train_weights", "at_least")  # of [reward]
 # what may change when a run goes on
-RESUMABLE = ("run.epochs", "run.save_every", "run.keep_last", "run.stop_on_overoptimisation", "run.trackers", "run.memory_limit", "run.cache_limit", "run.shard")
+RESUMABLE = (
+    "run.epochs",
+    "run.save_every",
+    "run.keep_last",
+    "run.stop_on_overoptimisation",
+    "run.trackers",
+    "run.memory_limit",
+    "run.cache_limit",
+    "run.shard",
+)
 TRACKERS = ("tensorboard", "wandb")
 SECTIONS: dict[str, type] = {
     "model": Model, "rollout": Rollout, "sampling": Sampling, "reward": Reward, "algorithm": Algorithm, "update": Update, "run": Run,

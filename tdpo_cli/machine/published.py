@@ -37,7 +37,8 @@ KLEIN = {
 }  # fmt: skip
 KLEIN_4B = (KLEIN, {"vae": 84.0e6, "text_encoder": QWEN3_4B, "transformer": 3.8755e9})
 KLEIN_9B = (
-    {**KLEIN, "num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32}, {"vae": 84.0e6, "text_encoder": 8.1907e9, "transformer": 9.0786e9},
+    {**KLEIN, "num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32},
+    {"vae": 84.0e6, "text_encoder": 8.1907e9, "transformer": 9.0786e9},
 )  # fmt: skip
 Z_IMAGE = {
     "_class_name": "ZImageTransformer2DModel", "in_channels": 16, "all_patch_size": (2,), "dim": 3840, "n_layers": 30, "n_refiner_layers": 2,

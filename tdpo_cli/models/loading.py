@@ -8,7 +8,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable, Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,18 @@ DIFFUSERS_STEMS, TRANSFORMERS_STEMS = ("diffusion_pytorch_model",), ("model", "p
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
 
 
+@dataclass(frozen=True)
+class Placing:
+    """Where a training run keeps the frozen weights.
+
+    `distribute(network)` may shard the denoising network over processes; where it returns False the network moves to the device whole.
+    `embeddings` keeps those of the run's prompts, where the family's text encoders are large; they leave the device before the denoiser comes.
+    """
+
+    distribute: Callable[[nn.Module], bool] | None = None
+    embeddings: Embeddings | None = None
+
+
 # --- a policy -----------------------------------------------------------------------------------------------------------
 def load(
     model: Model,
@@ -48,14 +60,10 @@ def load(
     keep_reference: bool = False,
     randomness: Randomness | None = None,
     lora_scale: float = 1.0,
-    distribute: Callable[[nn.Module], bool] | None = None,
-    embeddings: Embeddings | None = None,
+    placing: Placing | None = None,
 ) -> Policy:
-    """Load the policy of `model.base`, with its adapter; `trainable=False` leaves out one that would be new. Raises RequestError.
-
-    `distribute(network)` may shard the denoising network over processes; where it returns False the network moves to the device whole.
-    `embeddings` keeps those of the run's prompts, where the family's text encoders are large; they leave the device before the denoiser comes.
-    """
+    """Load the policy of `model.base`, with its adapter; `trainable=False` leaves out one that would be new. Raises RequestError."""
+    placing = placing or Placing()
     if is_embedded(model.base) and ("OMP_NUM_THREADS" not in os.environ or "TDPO_THREADS_SHARED" in os.environ):
         torch.set_num_threads(1)  # these networks are so small that a second thread costs more than it brings
     source, model, device = models.resolve(model.base), _starting_point(model), torch.device(device)
@@ -70,18 +78,17 @@ def load(
     dtype = DTYPES[model.dtype] if device.type != "cpu" else torch.float32
     family: Family = getattr(importlib.import_module(module), name).load(source, model, dtype, device)
     if model.vae_tiling:
-        if not hasattr(family.pipeline.vae, "enable_tiling"):
-            raise RequestError(f"model.vae_tiling: a {type(family.pipeline.vae).__name__} has no tiles. Use --set model.vae_tiling=false.")
         family.pipeline.vae.enable_tiling()
-    if embeddings is None or not family.unread or text_lora(model):  # a LoRA on the text encoders is not part of their files
-        embeddings = None
+    # a LoRA on the text encoders is not part of their files
+    embeddings = placing.embeddings if family.unread and not text_lora(model) else None
+    if embeddings is None:
         family.read_text_encoders()
     _settle(family, device, waits=trainable)
     if embeddings is not None:
         embeddings.fill(family, source, model, negative_prompt)
     if trainable:
         part = _trained_part(family, model, dtype, keep_reference, randomness or Randomness(0))
-        if distribute is None or not distribute(family.network):
+        if placing.distribute is None or not placing.distribute(family.network):
             family.network.to(device)
             if isinstance(part, adapter.WholeNetwork) and part.reference is not None:
                 part.reference.to(device)

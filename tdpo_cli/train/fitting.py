@@ -9,8 +9,8 @@ import torch
 
 from tdpo_cli.config.preset import Preset
 from tdpo_cli.machine import footprint, memory
-from tdpo_cli.machine.networks import networks
 from tdpo_cli.machine.measure import Counter, Need, measure
+from tdpo_cli.machine.networks import networks
 from tdpo_cli.models.policy import Policy
 from tdpo_cli.train.state import Job
 

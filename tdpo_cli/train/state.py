@@ -18,7 +18,7 @@ from tdpo_cli.config.preset import Preset
 from tdpo_cli.errors import RequestError
 from tdpo_cli.machine import memory, sharding
 from tdpo_cli.machine.world import World, may_download
-from tdpo_cli.models import settings
+from tdpo_cli.models import loading, settings
 from tdpo_cli.models.embedding_store import Store, place
 from tdpo_cli.models.embeddings import Embeddings
 from tdpo_cli.models.family import Family
@@ -110,8 +110,8 @@ def build(preset: Preset, world: World, plan: memory.Plan, say: Callable[[str], 
     prompt_list = prompts.load(preset.rollout.prompts)
     policy = models.load(
         preset.model, device=world.device, negative_prompt=preset.rollout.negative_prompt,
-        keep_reference=preset.needs_reference, randomness=randomness, distribute=sharding.of(preset, world),
-        embeddings=kept_embeddings(preset, world, prompt_list, say),
+        keep_reference=preset.needs_reference, randomness=randomness,
+        placing=loading.Placing(sharding.of(preset, world), kept_embeddings(preset, world, prompt_list, say)),
     )  # fmt: skip
     preset = set_schedule(policy, settings.fit(preset, settings.entry_of(preset)), randomness)
     policy.cut_up(plan.checkpointing, preset.run.compile)
@@ -143,7 +143,8 @@ def kept_embeddings(preset: Preset, world: World, prompt_list: list[str], say: C
     limit = 0 if preset.run.cache_limit is None else memory.parse_size("run.cache_limit", preset.run.cache_limit, ", or none")
     # inside build, one process of each machine goes first already where the hub may be asked
     turn = contextlib.nullcontext if may_download() else world.first_on_each_machine
-    return Embeddings(Store(place()), limit, lambda family: run_prompts(preset, prompt_list, family), turn, say if world.is_main else lambda text: None)
+    say = say if world.is_main else lambda text: None
+    return Embeddings(Store(place()), limit, lambda family: run_prompts(preset, prompt_list, family), turn, say)
 
 
 def run_prompts(preset: Preset, prompt_list: list[str], family: Family) -> list[str]:

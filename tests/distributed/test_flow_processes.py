@@ -32,7 +32,7 @@ def test_one_process_and_two_agree_on_a_flow_model(nursery, tmp_path):
 def test_one_process_of_a_machine_encodes_for_all(nursery, tmp_path, monkeypatch, shard):
     """Embeddings are kept: the second process, and a resume, read no text encoder; the run is the one without a cache."""
     monkeypatch.setitem(nursery.environment, "TDPO_CACHE", str(tmp_path / "cache"))
-    settings = FLOW.replace("sandbox-flow", str(SD3)).replace('"aesthetic"', '"jpeg-incompressibility"').replace('critic_init_std', 'name = "ddpo" #')
+    settings = FLOW.replace("sandbox-flow", str(SD3)).replace('"aesthetic"', '"jpeg-incompressibility"').replace("critic_init_std", 'name = "ddpo" #')
     (tmp_path / "prompts.txt").write_text("a red circle on a black background\na green ring on a gray background\n")
     (tmp_path / "tiny.toml").write_text(settings.replace('prompts = "sandbox"', f'prompts = "{tmp_path / "prompts.txt"}"'))
     arguments = ("--processes", 2, "--set", "run.micro_batch=4", "--set", f"run.shard={shard}")

@@ -38,7 +38,10 @@ def test_weights_of_text_encoders_are_those_of_their_classes():
     vision = dict(hidden_size=1280, intermediate_size=3420, depth=32, num_heads=16, out_hidden_size=3584)
     both = Qwen2_5_VLConfig(text_config=text | {"tie_word_embeddings": False}, vision_config=vision)
     published_as = {name: weights["text_encoder"] for name, (_, weights, *_) in published.TRANSFORMERS.items() if "text_encoder" in weights}
-    assert weights_of(Qwen3ForCausalLM, small) == pytest.approx(published_as["z-image"], rel=1e-3) and published_as["klein-4b"] == published_as["z-image"]
+    assert (
+        weights_of(Qwen3ForCausalLM, small) == pytest.approx(published_as["z-image"], rel=1e-3)
+        and published_as["klein-4b"] == published_as["z-image"]
+    )
     assert weights_of(Qwen3ForCausalLM, large) == pytest.approx(published_as["klein-9b"], rel=1e-3)
     assert weights_of(Qwen2_5_VLForConditionalGeneration, both) == pytest.approx(published_as["qwen-image"], rel=1e-3)
 

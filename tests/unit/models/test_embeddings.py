@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from tdpo_cli import models
 from tdpo_cli.config.preset import Model
-from tdpo_cli.models import lora_file
+from tdpo_cli.models import loading, lora_file
 from tdpo_cli.models.embedding_store import Store
 from tdpo_cli.models.embeddings import Embeddings
 from tdpo_cli.models.families.sd3 import StableDiffusion3
@@ -56,7 +56,8 @@ def alive(monkeypatch):
 def load(folder, base=SD3, limit=10**9, prompts=PROMPTS, said=None, **settings):
     """A policy whose embeddings are kept in a folder."""
     kept = Embeddings(Store(folder), limit, lambda family: prompts, say=[].append if said is None else said.append)
-    return models.load(Model(base=str(base), lora_rank=2, **settings), negative_prompt="blurred", embeddings=kept)
+    model = Model(base=str(base), lora_rank=2, **settings)
+    return models.load(model, negative_prompt="blurred", placing=loading.Placing(embeddings=kept))
 
 
 def files(folder):

@@ -52,8 +52,8 @@ class Embeddings:
                 return
         family.release_text_encoders()
         total = sum(part.nbytes for name in wanted for part in self.rows[name].parts.values())
-        done = f"{len(missing)} encoded, text encoders released" if missing else "text encoders not loaded"
-        self.words = f"{len(wanted) - 1} prompts, {size(total)} in {self.store.folder}; {done}"
+        done = "released" if missing else "not loaded"
+        self.words = f"{len(wanted) - 1} prompts, {size(total)}; text encoders {done}"
 
     def encode(self, family: Family, prompts: Sequence[str], negative: bool = False) -> list[Conditioning]:
         """A row for each prompt, in main memory or on the device; with `negative` as the unconditional half of guidance."""
@@ -88,7 +88,7 @@ class Embeddings:
                     "and the text encoders stay in main memory"
                 )
                 return False
-            self.say(f"encoding {len(missing)} prompts, once; about {size(most)} of embeddings are kept in {self.store.folder}")
+            self.say(f"encoding {len(missing)} texts, once; about {size(most)} are kept in {self.store.folder}")
             if key is not None:
                 self.store.make_room(most, self.limit, {self.store.file(key, name) for name in wanted})
             for name in missing:

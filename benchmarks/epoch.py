@@ -33,7 +33,8 @@ from setup import SIZES, Bench, build  # noqa: E402
 from timing import CLOCKS, Stopwatch, clock_of, interleave, ratios, seconds, spread  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from tdpo_cli.machine import footprint, memory  # noqa: E402
+from tdpo_cli.machine import memory  # noqa: E402
+from tdpo_cli.machine.networks import networks  # noqa: E402
 from tdpo_cli.train.metrics import peak_memory  # noqa: E402
 
 
@@ -127,7 +128,7 @@ def dry(bench: Bench) -> dict[str, Any]:
     """What a construction without numbers tells: parameters, and the memory that every plan is predicted to need."""
     parameters = {type(network).__name__: sum(p.numel() for p in network.parameters()) for network in (*bench.networks, bench.encoder)}
     plans = {str(plan): memory.phases(bench.preset, 1, plan) for plan in memory.GPU_LADDER}
-    nets = footprint.networks(bench.preset)
+    nets = networks(bench.preset)
     stored = 4 * nets.latent_elements + 4 * bench.encoder.embed_dim
     return {
         "parameters": parameters,

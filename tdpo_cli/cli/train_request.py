@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from tdpo_cli import rewards
 from tdpo_cli.config import preset as presets
 from tdpo_cli.config import prompts
-from tdpo_cli.console import Console, significant, size
+from tdpo_cli.console import Console, duration, significant, size
 from tdpo_cli.errors import RequestError
 from tdpo_cli.machine import launch
 from tdpo_cli.sandbox import is_embedded
@@ -84,13 +85,15 @@ def _noise(preset: presets.Preset) -> str:
 STATED_RATE = 2e14  # operations a second: a fifth of what an H100 is sold with in half precision, without sparsity
 
 
-def _computation(flops: float) -> str:
-    hours = flops / STATED_RATE / 3600
-    return f"{significant(flops / 1e15, 3)} PFLOP an epoch, {significant(hours, 2)} hours at {STATED_RATE / 1e12:.0f} TFLOP/s: a prediction"
+def _computation(flops: float, embedded: bool) -> str:
+    if embedded:  # its networks are too small for any stated rate
+        return f"{significant(flops / 1e12, 3)} TFLOP an epoch"
+    return f"{significant(flops / 1e15, 3)} PFLOP an epoch; {duration(flops / STATED_RATE)} at {STATED_RATE / 1e12:.0f} TFLOP/s"
 
 
 def dry_run(preset: presets.Preset, as_json: bool) -> None:
     from tdpo_cli.machine import footprint, memory
+    from tdpo_cli.machine.networks import guessed
     from tdpo_cli.models import settings
 
     entry = settings.local_entry(preset)
@@ -118,34 +121,44 @@ def dry_run(preset: presets.Preset, as_json: bool) -> None:
         "peak_memory_bytes": memory.estimate(preset, plan=plan, gpu=gpu),
         "flops_per_epoch": footprint.epoch_flops(preset),
         "per_device": shares,
+        "cards": memory.cards(preset) if gpu else {},
     }
-    guessed = footprint.guessed(preset)
-    if guessed:  # no number is better than one of another model
-        facts |= {"peak_memory_bytes": None, "flops_per_epoch": None}
+    unknown = guessed(preset)
+    if unknown:  # no number is better than one of another model
+        facts |= {"peak_memory_bytes": None, "flops_per_epoch": None, "cards": {}}
         for share in shares.values():
             share["peak_memory_bytes"] = None
     if as_json:
         return print(json.dumps(facts))
-    share = "{samples} samples an epoch, {samples_per_optimizer_step} of each optimizer step, {memory}"
-    about = lambda count: "memory unknown until downloaded" if count is None else f"about {size(count)} of memory"
+    share = "{samples} samples, {samples_per_optimizer_step} per optimizer step, {memory}"
+    about = lambda count: "memory unknown" if count is None else f"about {size(count)}"
     shown = {count: share.format(**numbers, memory=about(numbers["peak_memory_bytes"])) for count, numbers in shares.items()}
-    Console().pairs(
-        [
-            ("model", preset.model.base),
-            ("family", entry.title if entry else "unknown until downloaded"),
-            ("noise", _noise(preset) if entry else "checked against the family once it is downloaded"),
-            ("algorithm", preset.algorithm.name),
-            ("rewards", f"{preset.trained_words} trains; watching {', '.join(preset.reward.watch) or 'none'}"),
-            *([("constraints", preset.constraints_words)] if preset.reward.at_least else []),
-            ("prompts", f"{preset.rollout.prompts}; held out: {preset.rollout.eval_prompts or 'none'}"),
-            ("samples per epoch", str(preset.rollout.samples_per_epoch)),
-            ("effective batch", str(preset.update.batch_size)),
-            ("optimizer steps", f"{preset.updates_per_epoch} per epoch, {preset.updates_per_epoch * preset.run.epochs:,} in all"),
-            ("reward queries", f"{preset.reward_queries:,}"),
-            ("on 1 device", shown[1]),
-            ("on each of 8", shown[8]),
-            ("computation", "unknown until downloaded" if guessed else _computation(facts["flops_per_epoch"])),
-            ("memory", f"a prediction, with {plan}; the plan is chosen from free memory and never changes the result"),
-        ],
-        title="dry run: nothing is written",
-    )
+    rows = [
+        ("model", preset.model.base),
+        ("family", entry.title if entry else "unknown until downloaded"),
+        ("noise", _noise(preset) if entry else "checked against the family once it is downloaded"),
+        ("algorithm", preset.algorithm.name),
+        ("rewards", f"{preset.trained_words} trains; watching {', '.join(preset.reward.watch) or 'none'}"),
+        *([("constraints", preset.constraints_words)] if preset.reward.at_least else []),
+        ("prompts", f"{preset.rollout.prompts}; held out: {preset.rollout.eval_prompts or 'none'}"),
+        ("samples per epoch", str(preset.rollout.samples_per_epoch)),
+        ("effective batch", str(preset.update.batch_size)),
+        ("optimizer steps", f"{preset.updates_per_epoch} per epoch, {preset.updates_per_epoch * preset.run.epochs:,} in all"),
+        ("reward queries", f"{preset.reward_queries:,}"),
+        ("on 1 device", shown[1]),
+        ("on each of 8", shown[8]),
+        ("computation", "unknown until downloaded" if unknown else _computation(facts["flops_per_epoch"], not gpu)),
+        ("plan", str(plan)),
+        *memory.card_lines(facts["cards"]),
+    ]
+    console = Console()
+    console.pairs(_wrapped(rows), title="dry run: nothing is written")
+    console.say("  Memory and computation are predictions. The plan is chosen from free")
+    console.say("  memory and never changes the result.")
+
+
+def _wrapped(rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Rows of two columns within 80 characters."""
+    width = 76 - max(len(name) for name, _ in rows)
+    lines = [(name, textwrap.wrap(value, width, break_long_words=False) or [""]) for name, value in rows]
+    return [("" if number else name, line) for name, parts in lines for number, line in enumerate(parts)]

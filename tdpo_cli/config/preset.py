@@ -40,6 +40,7 @@ class Model:
     lora_targets: tuple[str, ...] | None = knob(None, "suffixes of the module names that get a LoRA; default the family's attention")
     text_lora: Literal["refuse", "fuse"] = knob("refuse", "text-encoder weights in the LoRA of start_from: an error, or part of the frozen base")
     vae: str | None = knob(None, "another VAE: a folder or hub id; default the base model's")
+    vae_tiling: bool = knob(False, "decode large images in overlapping tiles: less memory, and slightly other pixels, so rewards change too")
     tiny_vae: str | None = knob(None, "the AutoencoderTiny of algorithm.critic_view tiny: a folder or hub id made for this model's latents")
     allow_distilled: bool = knob(False, "train a model that was distilled to few steps all the same")
     dtype: Literal["fp32", "fp16", "bf16"] = knob("fp16", "of the networks on a GPU; a CPU computes in fp32")
@@ -189,6 +190,9 @@ class Run:
     memory_limit: str | None = knob(
         None, "bytes a process may use, as 12GB, or auto (what is free); it chooses how the work is cut up, never the result"
     )
+    cache_limit: str | None = knob(
+        "20GB", "large text encoders: bytes of embeddings that are kept on disk, in TDPO_CACHE or the user's folder of caches; none keeps nothing"
+    )
     shard: Literal["auto", "on", "off"] = knob(
         "auto", "several processes: split the frozen network's weights among them; auto where one card does not hold them; never changes the result"
     )
@@ -337,7 +341,16 @@ TRUE_REWARDS = frozenset({"gold"})  # what a verdict is judged by: shown, read b
 COMBINED = "combined"  # the curve of several training rewards together
 TABLES = ("checkpoints", "train_weights", "at_least")  # of [reward]
 # what may change when a run goes on
-RESUMABLE = ("run.epochs", "run.save_every", "run.keep_last", "run.stop_on_overoptimisation", "run.trackers", "run.memory_limit", "run.shard")
+RESUMABLE = (
+    "run.epochs",
+    "run.save_every",
+    "run.keep_last",
+    "run.stop_on_overoptimisation",
+    "run.trackers",
+    "run.memory_limit",
+    "run.cache_limit",
+    "run.shard",
+)
 TRACKERS = ("tensorboard", "wandb")
 SECTIONS: dict[str, type] = {
     "model": Model, "rollout": Rollout, "sampling": Sampling, "reward": Reward, "algorithm": Algorithm, "update": Update, "run": Run,

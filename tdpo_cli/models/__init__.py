@@ -127,6 +127,17 @@ def index(source: str, revision: str | None = None) -> dict:
         raise RequestError(f"{file}: damaged: {error}. Copy or download the model again.") from None
 
 
+def folder_of(source: str, revision: str | None = None) -> Path:
+    """Where the files of a model are on this disk: its folder, or the hub cache's of that revision. Raises RequestError."""
+    return _index_file(source, revision).parent
+
+
+def text_parts(content: dict, drop_t5: bool = False) -> list[str]:
+    """The text encoders and tokenizers that a model_index.json lists."""
+    given = [name for name, entry in content.items() if isinstance(entry, list) and entry and entry[-1] is not None]
+    return [name for name in given if name.startswith(("text_encoder", "tokenizer")) and not (drop_t5 and name in T5)]
+
+
 def check_source(source: str) -> None:
     """RequestError for a base model that is neither on this disk nor has the form of a hub id."""
     folder = Path(source)

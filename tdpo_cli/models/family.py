@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -43,6 +43,7 @@ class Family:
 
     def __init__(self, pipeline: DiffusionPipeline, scheduler_config: dict[str, Any], device: torch.device, resolution: tuple[int, int] | None):
         self.pipeline, self.scheduler_config, self.device = pipeline, scheduler_config, device
+        self.unread: dict[str, Callable[[], nn.Module]] = getattr(pipeline, "unread", {})  # text encoders that are read on demand
         self.latent_shape = self.shape_of(resolution)
 
     # --- what a family writes -------------------------------------------------------------------------------------------
@@ -122,6 +123,19 @@ class Family:
     @network.setter
     def network(self, network: nn.Module) -> None:
         setattr(self.pipeline, self.component, network)
+
+    def read_text_encoders(self) -> None:
+        """Read those that are not in memory. Raises RequestError."""
+        for name, read in self.unread.items():
+            if getattr(self.pipeline, name) is None:
+                setattr(self.pipeline, name, read().requires_grad_(False).eval())
+
+    def release_text_encoders(self) -> None:
+        """Give back the memory of those that can be read again."""
+        for name in self.unread:
+            setattr(self.pipeline, name, None)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @contextlib.contextmanager
     def encoding(self) -> Iterator[None]:

@@ -40,6 +40,8 @@ def header(job: Job, out: Path, first_epoch: int) -> Sequence[tuple[str, str]]:
     kinds = {"embedded": "an input of the network", "none": "not used: this model has none"}
     if (kind := job.policy.family.guidance) in kinds:
         rows.insert(4, ("guidance", f"{preset.rollout.guidance_scale:g}, {kinds[kind]}"))
+    if job.policy.embeddings is not None:
+        rows.insert(3, ("embeddings", job.policy.embeddings.words))
     if preset.reward.at_least:
         rows.insert(2, ("constraints", preset.constraints_words))
     if preset.algorithm.facts.resets:

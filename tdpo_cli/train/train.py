@@ -105,7 +105,7 @@ def _run(
         return messages.summary(preset, folder, time.perf_counter() - started) if world.is_main else {}
 
     with world.first_on_each_machine() if may_download() else contextlib.nullcontext():
-        job = build(preset, world, attempt.plan)
+        job = build(preset, world, attempt.plan, console.say)
     preset = job.preset
     if loaded:
         job.load_state_dict(loaded[1])

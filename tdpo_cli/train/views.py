@@ -105,11 +105,16 @@ def tiny(policy: Policy, preset: Preset) -> Tiny:
     return Tiny(vae.requires_grad_(False).eval().to(policy.device))
 
 
+def fitted_prompts(preset: Preset, prompts: Sequence[str]) -> tuple[str, ...]:
+    """The prompts of the images that the projection is fitted on. -> [FITTED]"""
+    return Randomness(preset.run.seed, "critic-view").prompts(0, range(FITTED), prompts)
+
+
 @torch.no_grad()
 def rgb(policy: Policy, preset: Preset, prompts: Sequence[str], plan: Plan) -> RGB:
     """Fit the projection on images of the untrained policy: a function of the seed, so every process makes the same one."""
     randomness, shape = Randomness(preset.run.seed, "critic-view"), policy.latent_shape
-    texts, rows = encode(policy, randomness.prompts(0, range(FITTED), prompts))
+    texts, rows = encode(policy, fitted_prompts(preset, prompts))
     latents, images, guidance = [], [], preset.rollout.guidance_scale
     for ids in torch.arange(FITTED).split(plan.sample_batch):
         x_T = send(randomness.initial_latents(0, ids, shape), policy.device)

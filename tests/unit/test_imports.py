@@ -24,7 +24,8 @@ LEVELS = {
 }  # fmt: skip
 SIBLINGS_APART = ["commands", "what is learnt from"]
 WITHOUT_TORCH = [
-    "cli", "config", "errors", "console", "machine/memory.py", "machine/footprint.py", "machine/launch.py", "machine/signals.py", "storage",
+    "cli", "config", "errors", "console", "machine/memory.py", "machine/footprint.py", "machine/networks.py", "machine/counting.py",
+    "machine/published.py", "machine/launch.py", "machine/signals.py", "storage",
     "rewards/__init__.py", "sampling/request.py", "cross_eval/request.py", "export/request.py",
 ]  # fmt: skip
 # their __init__.py is a table of what the room holds: it may be read from anywhere above, and imports what it names only on demand

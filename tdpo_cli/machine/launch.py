@@ -210,9 +210,12 @@ def end_with_launcher() -> None:
 
 
 def last_words(error: BaseException | None, message: str) -> bool:
-    """In a worker of `run`: leave why it failed to the launcher. -> whether there is one"""
+    """In a worker of `run`: leave why it failed to the launcher. -> whether there is one, and a disk with room for it"""
     if ERROR_FILE not in os.environ:
         return False
     words = {"message": message, "lost_peer": isinstance(error, LostPeer), "time": time.time()}
-    Path(os.environ[ERROR_FILE]).write_text(json.dumps(words))
+    try:
+        Path(os.environ[ERROR_FILE]).write_text(json.dumps(words))
+    except OSError:  # a full disk: said to standard error instead
+        return False
     return True

@@ -50,6 +50,11 @@ class RunDir:
             for leftover in place.glob(".*.tmp"):
                 disk.remove(leftover)
 
+    @property
+    def _top(self) -> Path | None:
+        """What is not made anew: the folder of a run that this process trains."""
+        return self.path if self._lock else None
+
     def refuse_links(self) -> None:
         """RequestError where a place that a run writes to is a link."""
         disk.refuse_links(self.path, (*FILES, *FOLDERS))
@@ -60,11 +65,7 @@ class RunDir:
         """WorkError where the folder that this process locked was removed, moved or replaced: nothing that is written there could be resumed."""
         if self._lock is None:
             return
-        try:
-            same = os.path.samestat(os.stat(self.path / ".lock", follow_symlinks=False), os.fstat(self._lock.fileno()))
-        except OSError:
-            same = False
-        if not same or not self.holds_a_run:
+        if not disk.is_locked_by(self.path, self._lock) or not self.holds_a_run:
             raise WorkError(f"{self.path}: the run folder was removed, moved or replaced while the run trained. Nothing more is written there.")
 
     def must_be_free(self) -> None:
@@ -193,7 +194,7 @@ class RunDir:
     def save_image(self, name: str, image: Any) -> None:
         """images/NAME, whole or not at all."""
         self.still_there()
-        with disk.whole(self.path / "images" / name) as aside:
+        with disk.whole(self.path / "images" / name, inside=self._top) as aside:
             image.save(aside, format="PNG")
 
     # --- state and checkpoints ------------------------------------------------------------------------------------------
@@ -271,7 +272,7 @@ class RunDir:
         aside = disk.aside_of(target)
         disk.remove(aside)
         with disk.failures(self.path), disk.nothing_left(aside):
-            aside.mkdir(parents=True)
+            disk.make_below(self._top, aside)
             yield aside
             files = sorted(path for path in aside.rglob("*") if path.is_file())
             for path in files:

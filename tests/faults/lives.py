@@ -54,8 +54,12 @@ class Life:
         self.text, self.gone, self.status = b"", False, None
         self.pid = os.fork()
         if self.pid == 0:
-            os.close(self.output)
-            os._exit(_live(write, [str(argument) for argument in arguments], disk, clock))
+            code = 70
+            try:
+                os.close(self.output)
+                code = _live(write, [str(argument) for argument in arguments], disk, clock)
+            finally:
+                os._exit(code)
         os.close(write)
 
     def ended(self, within: float) -> bool:

@@ -25,6 +25,9 @@ from tdpo_cli.models.samplers.flow import DYNAMICS, Flow, noise_levels
 from tdpo_cli.models.settings import ETA, FLOW_DYNAMICS, NOISE_LEVEL
 from tdpo_cli.types import Conditioning
 
+MARKS = 4  # tokens around a prompt, such as its start and end, at most
+TOKENISED = 1000  # prompts at once
+
 
 class Family:
     """Base of all families. `latent_shape` is the space the noise is drawn in, never packed: packing, lists, sign and time
@@ -143,9 +146,15 @@ class Family:
                     part.to(device)
 
     def longer_than_limit(self, prompts: Sequence[str]) -> list[str]:
-        """The prompts whose ends are truncated."""
-        lengths = [len(ids) for ids in self.tokenizer(list(prompts), verbose=False).input_ids]
-        return [prompt for prompt, length in zip(prompts, lengths, strict=True) if length > self.prompt_limit]
+        """The prompts whose ends are truncated. Short ones are not tokenised: a token has at least one letter of ASCII."""
+        limit = self.prompt_limit
+        doubtful = [prompt for prompt in prompts if len(prompt) > limit - MARKS or not prompt.isascii()]
+        found = []
+        for start in range(0, len(doubtful), TOKENISED):
+            part = doubtful[start : start + TOKENISED]
+            lengths = [len(ids) for ids in self.tokenizer(part, verbose=False).input_ids]
+            found += [prompt for prompt, length in zip(part, lengths, strict=True) if length > limit]
+        return found
 
     def normal_form(self, prompt: str) -> str:
         """The prompt as the first text encoder reads it, truncated and, with CLIP, in lower case. Statistics are kept under it."""

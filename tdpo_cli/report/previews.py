@@ -49,4 +49,4 @@ def _halves(picture: pictures.Picture, label: str) -> str:
 
 def _epoch_of(file: Path) -> int | None:
     number = file.stem.removeprefix("epoch_")
-    return int(number) if number.isdigit() and number != file.stem else None
+    return int(number) if number.isascii() and number.isdigit() and number != file.stem else None

@@ -181,6 +181,22 @@ class RunDir:
             wanted = [json.dumps(row) + "\n" for row in self.read_metrics() if row["epoch"] < first_epoch] if first_epoch else []
         disk.write_text(file, "".join(wanted))
 
+    def missing(self, rows: Sequence[dict[str, Any]], previews: bool) -> list[str]:
+        """What a page drawn from `rows` would silently lack: epochs that a state has, what the run ran on, whole previews of the epochs."""
+        found = []
+        for folder in epochs_in(self.path / "state")[-1:]:
+            with contextlib.suppress(FileNotFoundError):
+                kept, lines = disk.read_bytes(folder / "metrics.jsonl").decode("utf-8", errors="replace").splitlines(keepends=True), self._metric_lines()
+                lost = sum(lines[i : i + 1] != [line] for i, line in enumerate(kept))
+                if lost:
+                    found.append(f"metrics.jsonl: {lost} of {len(kept)} epochs are missing or differ from the copy in {folder.name}'s state")
+        if rows and not (self.path / "env.json").exists():
+            found.append("env.json is missing: what the run ran on is not known")
+        torn = [name for row in rows if not _is_whole_png(self.path / "images" / (name := f"{epoch_name(row['epoch'])}.png"))] if previews else []
+        if torn:
+            found.append(f"images: {len(torn)} previews are missing or damaged, {torn[0]} first")
+        return found
+
     def _metric_lines(self) -> list[str]:
         file = self.path / "metrics.jsonl"
         try:
@@ -315,6 +331,14 @@ class RunDir:
         for folder in folders:
             check_weights(folder, must_have_manifest=True)
         return folders
+
+
+def _is_whole_png(file: Path) -> bool:
+    try:
+        content = disk.read_bytes(file)
+    except (FileNotFoundError, RequestError):
+        return False
+    return content.startswith(b"\x89PNG") and content.endswith(b"IEND\xaeB`\x82")
 
 
 def epoch_name(epoch: int) -> str:

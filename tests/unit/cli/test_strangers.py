@@ -391,6 +391,28 @@ def test_processes_without_numbers_are_refused(monkeypatch):
         launch.check_environment()
 
 
+@pytest.mark.parametrize(
+    "address",
+    ["http://user:SECRET@host/x", "HTTP://SECRET@host/x", "http://u:SECRET@host:99999/x", "https://u:SECRET@[bad/x", "http://u:SEC/RET@host/x"],
+)
+def test_a_password_in_an_address_is_neither_written_nor_printed(address, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures/a.png")
+    (tmp_path / "p.toml").write_text(f'[reward]\nwatch = ["{address}"]\n')
+    (tmp_path / "m.toml").write_text(f'[reward.checkpoints]\n"{address}" = "x"\n')
+    for command in (
+        ("score", "pictures", "--rewards", address), ("train", "--preset", "quickstart", "--set", f"reward.train={address}", "--out", "run"),
+        ("train", "--preset", "p.toml", "--out", "run"), ("presets", "p.toml"), ("presets", "m.toml"), ("cross-eval", "base", "--rewards", address),
+        ("serve", address),
+    ):  # fmt: skip
+        message = refused(*command)
+        assert "holds no user or password" in message and "SEC" not in message and "RET" not in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.toml", "p.toml", "pictures"]
+    assert printable("no answer from http://user:SECRET@host/x, http://host/model@v2") == "no answer from http://***@host/x, http://host/model@v2"
+    assert rewards.check_name("http://host/model@v2") is None
+
+
 @pytest.mark.parametrize("text", ["abc", "0", "-1", "nan", ""])
 def test_a_time_to_wait_that_is_no_number_of_minutes_is_named(text, monkeypatch):
     monkeypatch.setenv("TDPO_TIMEOUT", text)

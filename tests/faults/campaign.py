@@ -232,10 +232,10 @@ BAD = ("hung", "tracebacks", "wrong statuses", "left behind", "lost", "too many"
 
 
 def campaign(place: Path, faults: int, seed: int) -> dict[str, Any]:
-    """Trials until so many faults have hit, each command and each fault in turn, every second trial with two faults."""
+    """Trials until so many faults have hit and every kind did, each command and each fault in turn, every second trial with two."""
     begun, run = time.monotonic(), Campaign(place, seed)
-    number = 0
-    while run.counts["faults"] < faults:
+    number, wanted = 0, (*FAULTS, "several at once")
+    while (run.counts["faults"] < faults or not all(run.counts[name] for name in wanted)) and number < 4 * faults:
         name, fault = list(AWAY)[number % len(AWAY)], FAULTS[(number + number // len(FAULTS)) % len(FAULTS)]
         more = run.draw.choice([one for one in FAULTS if one != fault]) if number % 2 else None
         run.trial(name, (fault, more) if more else (fault,))

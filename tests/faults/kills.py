@@ -1,6 +1,6 @@
 """Kill a training run at random moments, resume it, and compare with the run that nobody killed.
 
-    python tests/faults/campaign.py FOLDER [--kills 50] [--seed 1]
+    python tests/faults/kills.py FOLDER [--kills 50] [--seed 1]
 
 Every life is a fork of this process, which has imported everything already, so it takes a second instead of ten. Each
 goes through the real command line (`tdpo train`, then `tdpo train --resume`) and dies by SIGKILL. A finished run is
@@ -11,68 +11,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import signal
 import sys
 import time
-import warnings
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["HF_HUB_OFFLINE"] = "1"
+import lives  # noqa: F401 - first: it finds the tests' own modules
+import tiny
+from lives import Life
 
-from tdpo_cli import cli  # noqa: E402
-from tdpo_cli.cli import options  # noqa: E402
-
-options.prepare_libraries()  # before torch is there
-
-import diffusers  # noqa: E402, F401
-import tiny  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402, F401
-from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: E402, F401 - lazy modules, loaded now
-
-from tdpo_cli.storage.run_dir import RunDir, damage, epochs_in  # noqa: E402
-from tdpo_cli.train import train  # noqa: E402, F401
+from tdpo_cli.storage.run_dir import RunDir, damage, epochs_in
 
 EPOCHS = 8
 CHANGES = {"reward__train": "aesthetic", "run__epochs": EPOCHS, "run__save_every": 3, "run__keep_last": 2, "run__preview_images": 1}
-
-
-def start(log: Path, *arguments: object) -> int:
-    """Fork a life of the command line. -> its process id"""
-    child = os.fork()
-    if child:
-        return child
-    code = 70
-    try:
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        sys.argv = ["tdpo", *map(str, arguments)]
-        with warnings.catch_warnings():
-            cli.main()
-    except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else 1
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    os._exit(code)
-
-
-def ended(child: int, within: float) -> int | None:
-    """Wait that long. -> the exit status, None if it still lives"""
-    until = time.monotonic() + within
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() >= until:
-            return None
-        time.sleep(0.002)
 
 
 def result(run: Path) -> dict[str, object]:
@@ -89,14 +40,13 @@ def result(run: Path) -> dict[str, object]:
 
 
 def campaign(place: Path, kills: int, seed: int) -> dict[str, object]:
-    torch.set_num_threads(1)
     place.mkdir(parents=True, exist_ok=True)
     preset = tiny.preset(place, **CHANGES)
-    draw, log = random.Random(seed), place / "log.txt"
-    begun = time.monotonic()
+    draw, begun = random.Random(seed), time.monotonic()
     straight = place / "straight"
-    status = ended(start(log, "train", "--preset", preset, "--out", straight), 600)
-    assert status == 0, f"the uninterrupted run ended with {status}:\n{log.read_text()}"
+    life = Life("train", "--preset", preset, "--out", straight)
+    assert life.ended(600) and life.status == 0, f"the uninterrupted run ended with {life.status}:\n{life.text.decode()}"
+    life.close()
     length = time.monotonic() - begun
     expected = result(straight)
 
@@ -111,19 +61,19 @@ def campaign(place: Path, kills: int, seed: int) -> dict[str, object]:
         while True:
             resume = RunDir(run).holds_a_run
             arguments = ["--resume"] if resume else ["--preset", preset]
-            child = start(log, "train", *arguments, "--out", run)
+            life = Life("train", *arguments, "--out", run)
             counts["resumes"] += resume
             # most lives end in their first epochs, so that a run takes many of them
             wait = draw.uniform(0, 0.6 * length) if counts["kills"] < kills else 600
-            status = ended(child, wait)
-            if status is None:
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
+            if not life.ended(wait):
+                life.kill()
                 counts["kills"] += 1
-            elif status != 0:
+            elif life.status != 0:
                 counts["failed_starts"] += 1
-                print(log.read_text()[-3000:], file=sys.stderr)
+                life.all_gone(5)
+                print(life.text.decode(errors="replace")[-3000:], file=sys.stderr)
                 return counts
+            life.close()
             environments = json.loads((run / "env.json").read_text()) if (run / "env.json").exists() else []
             if environments and len(environments) == counts.get("starts_seen", 0) + 1:
                 counts["epochs_sampled_again"] += environments[-1]["first_epoch"] != finished + 1
@@ -132,7 +82,7 @@ def campaign(place: Path, kills: int, seed: int) -> dict[str, object]:
             newest = int(states[-1].name.removeprefix("epoch_")) if states else -1
             counts["epochs_lost"] += newest < finished
             finished = newest
-            if status == 0:
+            if life.status == 0:
                 break
             counts["before_the_first_epoch"] += newest < 0
             counts["half_written"] += any(run.rglob(".*.tmp")) if run.exists() else 0

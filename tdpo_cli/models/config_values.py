@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from diffusers import ConfigMixin
 from torch import nn
+from transformers import PreTrainedModel
 
 from tdpo_cli.errors import RequestError
+from tdpo_cli.storage import disk
 
 LARGEST_SIDE = 8192  # of a latent, as of an image in `tdpo score`
 MOST_STEPS = 100_000  # that a model was trained with; published ones have 1,000
@@ -45,7 +48,9 @@ def check(config: Mapping[str, Any], place: object) -> None:
 
 
 def check_file(cls: type, source: str, subfolder: str, revision: str | None) -> None:
-    """The config of a part of diffusers, before the part is built from it."""
+    """The config of a part, before it is built: diffusers' numbers, and of transformers what would fetch code from a hub. Raises RequestError."""
+    if issubclass(cls, PreTrainedModel):
+        _check_attention(Path(source) / subfolder / "config.json")
     if issubclass(cls, ConfigMixin):
         try:
             with warnings.catch_warnings():
@@ -54,6 +59,17 @@ def check_file(cls: type, source: str, subfolder: str, revision: str | None) -> 
         except (OSError, ValueError):
             return  # loading says what is missing
         check(config, f"{source}/{subfolder}".rstrip("/"))
+
+
+def _check_attention(file: Path) -> None:
+    """A file on this disk that names a kernel of a hub as its attention is refused: a kernel is a program."""
+    try:
+        config = disk.read_json(file, dict)
+    except FileNotFoundError:
+        return  # a hub id, or incomplete
+    for key in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
+        if "/" in str(config.get(key)):
+            raise RequestError(f"{file}: {key} names a program from a hub, {str(config[key])[:60]!r}, which would run here. Remove it.")
 
 
 def bound_tokenizers(parts: Mapping[str, Any], source: str) -> None:

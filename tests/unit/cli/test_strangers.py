@@ -202,8 +202,9 @@ def test_a_report_names_what_it_lacks(run):
     ]
     shutil.copy(run / "state/epoch_0001/metrics.jsonl", run)
     assert "images: 1 previews are missing or damaged, epoch_0001.png first" in warnings()[1]
-    (run / "images/epoch_\u00b2.png").touch()
-    warnings()
+    (run / "images/epoch_\u00b2.png").touch()  # a digit to Python, but no number
+    (run / "state/epoch_\u00b2").mkdir()
+    assert len(warnings()) == 2
 
 
 @pytest.mark.parametrize("value", [["x"], 3, None])

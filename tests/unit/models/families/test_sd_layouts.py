@@ -259,6 +259,12 @@ def test_a_number_that_no_model_has_is_named(folder, part, key, value):
         load(folder)
 
 
+def test_attention_that_is_a_program_from_a_hub_is_refused(folder):
+    edit(folder / "text_encoder/config.json", attn_implementation="someone/kernel")
+    with pytest.raises(RequestError, match="names a program from a hub, 'someone/kernel'"):
+        load(folder)
+
+
 def test_a_tokenizer_without_a_limit_gets_its_text_encoders(folder, expected):
     edit(folder / "tokenizer/tokenizer_config.json", model_max_length=10**30)  # as transformers writes it where none is set
     assert_same(outputs(load(folder)), expected)

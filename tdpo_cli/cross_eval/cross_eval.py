@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from tdpo_cli.cross_eval.candidates import Model
 from tdpo_cli.cross_eval.evaluate import Evaluator, fetch, prompts_at_once
 from tdpo_cli.cross_eval.folder import Folder, Part
 from tdpo_cli.cross_eval.request import CrossEvalRequest
-from tdpo_cli.errors import RequestError
+from tdpo_cli.errors import RequestError, first_line
 from tdpo_cli.machine import memory, world
 from tdpo_cli.report import cross_eval_page as page
 from tdpo_cli.report import model_card
@@ -46,7 +46,8 @@ def run(request: CrossEvalRequest, console: Console) -> dict[str, Any]:
             folder.write_result(result.build(task, compared, parts))
             folder.forget_parts()
         content = folder.read_result()
-        report = _draw(content, folder, console)
+        with _damage_named(folder) if finished else contextlib.nullcontext():
+            report = _draw(content, folder, console)
         _complete_cards([model for model in compared if model.sampling.checkpoint.weights in named], content, console)
         report["seconds"] = time.perf_counter() - started
         images = len(task["prompts"]) * task["per_prompt"]
@@ -54,6 +55,18 @@ def run(request: CrossEvalRequest, console: Console) -> dict[str, Any]:
         console.say(f"{len(compared)} models, {images} images each, in {request.out} ({done}). Start with {report['page']}.")
     team.close()
     return report
+
+
+@contextlib.contextmanager
+def _damage_named(folder: Folder) -> Iterator[None]:
+    """A cross_eval.json that was there may hold anything: what cannot be drawn is damage, not a fault of the drawing. Raises RequestError."""
+    try:
+        yield
+    except RequestError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        problem = f"{type(error).__name__}: {first_line(error)[:200]}"
+        raise RequestError(f"{folder.result}: damaged: {problem}. Remove it together with the folder, or choose another --out.") from error
 
 
 # --- the task: the request with everything resolved, as request.json holds it ---------------------------------------------

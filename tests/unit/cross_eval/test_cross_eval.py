@@ -270,6 +270,14 @@ def test_only_the_cards_of_checkpoints_that_are_named_are_written(run, foreign, 
     assert (other / "README.md").read_bytes() == card and (run / "checkpoints/epoch_0001/README.md").read_bytes() == before
 
 
+@pytest.mark.parametrize("change", [{"models": [5]}, {"runs": {"a": 1}}, {"rewards": None}, {"matrix": 3}])
+def test_a_result_that_cannot_be_drawn_is_named(run, foreign, change):
+    folder, _ = foreign
+    (folder / "cross_eval.json").write_text(json.dumps({**content(folder), **change}))
+    message = tdpo("cross-eval", run, *QUICK, "--quiet", "--out", folder)
+    assert message.status == 2 and "cross_eval.json: damaged: " in message.err and "Traceback" not in message.err
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"scores": {"gold": [[1, 2], [3, 4]]}, "distances": null}', '{"scores": 5, "distances": null}'])
 def test_a_damaged_part_is_named(tmp_path, text):
     folder = Folder(tmp_path)

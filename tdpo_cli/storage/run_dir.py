@@ -185,11 +185,9 @@ class RunDir:
         """What a page drawn from `rows` would silently lack: epochs that a state has, what the run ran on, whole previews of the epochs."""
         found = []
         for folder in epochs_in(self.path / "state")[-1:]:
-            with contextlib.suppress(FileNotFoundError):
-                kept, lines = disk.read_bytes(folder / "metrics.jsonl").decode("utf-8", errors="replace").splitlines(keepends=True), self._metric_lines()
-                lost = sum(lines[i : i + 1] != [line] for i, line in enumerate(kept))
-                if lost:
-                    found.append(f"metrics.jsonl: {lost} of {len(kept)} epochs are missing or differ from the copy in {folder.name}'s state")
+            kept, lines = _whole_lines(folder / "metrics.jsonl"), self._metric_lines()
+            if lost := sum(lines[i : i + 1] != [line] for i, line in enumerate(kept)):
+                found.append(f"metrics.jsonl: {lost} of {len(kept)} epochs are missing or differ from the copy in {folder.name}'s state")
         if rows and not (self.path / "env.json").exists():
             found.append("env.json is missing: what the run ran on is not known")
         torn = [name for row in rows if not _is_whole_png(self.path / "images" / (name := f"{epoch_name(row['epoch'])}.png"))] if previews else []
@@ -198,13 +196,7 @@ class RunDir:
         return found
 
     def _metric_lines(self) -> list[str]:
-        file = self.path / "metrics.jsonl"
-        try:
-            # a flipped bit may be no UTF-8 any more: such a line is damaged, not the end of reading
-            text = disk.read_bytes(file).decode("utf-8", errors="replace")
-        except FileNotFoundError:
-            text = ""
-        return [line + "\n" for line in text.split("\n")[:-1]]  # behind the last newline: nothing, or a torn line
+        return _whole_lines(self.path / "metrics.jsonl")
 
     # --- images ---------------------------------------------------------------------------------------------------------
     def save_image(self, name: str, image: Any) -> None:
@@ -331,6 +323,16 @@ class RunDir:
         for folder in folders:
             check_weights(folder, must_have_manifest=True)
         return folders
+
+
+def _whole_lines(file: Path) -> list[str]:
+    """The lines of a file that end; none where it is not there. Raises RequestError."""
+    try:
+        # a flipped bit may be no UTF-8 any more: such a line is damaged, not the end of reading
+        text = disk.read_bytes(file).decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    return [line + "\n" for line in text.split("\n")[:-1]]  # behind the last newline: nothing, or a torn line
 
 
 def _is_whole_png(file: Path) -> bool:

@@ -1,7 +1,8 @@
 """The upstream packages' own code behind HTTP: `python upstream.py REWARD FOLDER` serves the checkpoint that compare.py wrote there.
 
-Prints the address in one line once the networks are loaded, and answers until it is ended. Runs in .venv-parity, where tdpo is not installed. The packages build full-size networks from fixed names; their own
-classes are built here in the sizes of the synthetic checkpoints instead. Nothing else of theirs is replaced.
+Prints the address in one line once the networks are loaded, and answers until it is ended. Runs in .venv-parity, where tdpo
+is not installed. The packages build full-size networks from fixed names; their own classes are built here in the sizes of the
+synthetic checkpoints instead. Nothing else of theirs is replaced.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import stat
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -84,12 +85,19 @@ def _lock(file: IO, folder: Path, doing: str) -> None:
         raise RequestError(f"{folder}: this file system cannot lock ({error.strerror}); choose another place.") from None
 
 
-def watch(folder: Path) -> IO | None:
-    """The lock of another process's folder, to compare with `still_there`; None where it is gone already."""
-    try:
-        return os.fdopen(os.open(folder / ".lock", os.O_RDONLY | NOT_FOLLOWED), "rb", buffering=0)
-    except OSError:
-        return None
+def watch(folder: Path, within: float = 40.0) -> IO | None:
+    """The lock of another process's folder, to compare with `still_there`; None where it is gone already.
+
+    within: seconds that a network disk may take to show what another machine has just made; NFS takes up to 30.
+    """
+    until = time.monotonic() + within
+    while True:
+        try:
+            return os.fdopen(os.open(folder / ".lock", os.O_RDONLY | NOT_FOLLOWED), "rb", buffering=0)
+        except OSError:
+            if time.monotonic() > until:
+                return None
+        time.sleep(0.2)
 
 
 def is_locked_by(folder: Path, lock: IO) -> bool:

@@ -95,6 +95,13 @@ def test_a_cross_evaluation_stops_where_its_folder_is_gone(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_another_machine_made_may_show_late(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk.time, "sleep", lambda seconds: disk.lock(tmp_path / "late", "at work").close())
+    assert disk.is_locked_by(tmp_path / "late", disk.watch(tmp_path / "late"))
+    monkeypatch.setattr(disk.time, "sleep", lambda seconds: None)
+    assert disk.watch(tmp_path / "never", within=0.01) is None
+
+
 def test_a_lock_is_of_the_folder_that_is_there(tmp_path, monkeypatch):
     """The folder goes between the two calls that take it: the lock would be of a file without a name."""
     once(monkeypatch, disk.fcntl, "flock", 0, lambda: shutil.rmtree(tmp_path / "out"))

@@ -73,7 +73,7 @@ def _check_attention(file: Path) -> None:
 
 
 def bound_tokenizers(parts: Mapping[str, Any], source: str) -> None:
-    """A tokenizer without a limit, which transformers writes as 10^30, gets its text encoder's. Raises RequestError for what is no limit."""
+    """A tokenizer without a limit, which transformers writes as 10^30, gets its text encoder's. Raises RequestError for anything but a limit."""
     for name, tokenizer in parts.items():
         if not name.startswith("tokenizer") or tokenizer is None:
             continue

@@ -252,7 +252,7 @@ def test_nothing_is_written_through_a_link_in_the_folder(run, foreign, place, na
 
 
 def test_only_the_cards_of_checkpoints_that_are_named_are_written(run, foreign, place):
-    """The folder's own request is no order to write somewhere."""
+    """The folder's own request does not decide what is written."""
     folder, edit = foreign
     other = shutil.copytree(run, place / "other", dirs_exist_ok=True) / "checkpoints/epoch_0001"
     card = (other / "README.md").read_bytes()

@@ -51,11 +51,21 @@ class Work:
     dtype: str
     devices: tuple[str, ...]  # one process each
     batch_size: int
+    place: tuple[int, int] | None = None  # of the folder on its disk, when its images were listed
 
     @property
     def chunk(self) -> int:
         """Images that are scored together. Fixed by position, so that batches do not depend on who scores them or on interruptions."""
         return 4 * self.batch_size
+
+
+def place_of(folder: Path) -> tuple[int, int] | None:
+    """What stays the same while a folder is the same one; None where there is none."""
+    try:
+        found = os.stat(folder)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 # --- one process --------------------------------------------------------------------------------------------------------
@@ -98,8 +108,21 @@ class Scorer:
                     waiting -= sum(flush(one) for one in list(buckets))
         for size in list(buckets):
             flush(size)
+        self._check_folder(problems)
         self._check_rewards(rows, problems)
         return rows, problems
+
+    def _check_folder(self, problems: Sequence[Problem]) -> None:
+        """WorkError where images cannot be read because their folder went away, as a network disk does: no single image is to blame.
+
+        The chunk is not written, so that the same command tries it again.
+        """
+        unreadable = [image for image, problem in problems if problem.startswith(UNREADABLE)]
+        if unreadable and self.work.place not in (None, place_of(self.work.folder)):
+            raise WorkError(
+                f"{self.work.folder}: the folder of images was removed, moved or replaced, so {unreadable[0]} cannot be read. "
+                "The rows so far are kept; the same command goes on from there."
+            )
 
     def _check_rewards(self, rows: Sequence[Row], problems: Sequence[Problem]) -> None:
         """WorkError where a reward failed on every image of a chunk: it is the reward that is broken, or what it needs is gone.

@@ -128,7 +128,7 @@ class Calls:
 
 def _is_network(module: nn.Module) -> bool:
     """Not the product's wrappers, whose preprocessing is no network call; its critic is a network."""
-    return isinstance(module, Critic) or not type(module).__module__.partition(".")[0] in ("tdpo_cli", "setup", "__main__")
+    return isinstance(module, Critic) or type(module).__module__.partition(".")[0] not in ("tdpo_cli", "setup", "__main__")
 
 
 def _signature(leaf: Any) -> Any:

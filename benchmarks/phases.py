@@ -1,8 +1,7 @@
 """Time every phase of an epoch against its bare network calls: rollout, critic's view, scoring, update.
 
     python benchmarks/phases.py                                   # both sandboxes
-    python benchmarks/phases.py --family sd3 --family flux --wide 12  # tiny pipelines whose denoiser is so many times as wide
-    python benchmarks/phases.py --pipeline FOLDER --json
+    python benchmarks/phases.py --family sd3 --family flux --wide 12  # tiny pipelines whose networks are so many times as wide
 
 The calls are those that the epoch itself makes, recorded once and made again on the same arguments: no noise, log-prob, preprocessing,
 loss or optimizer. One product epoch and one round of bare calls make a pair; ratios are product / bare by CPU time.
@@ -29,6 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
+import pipelines  # noqa: E402
 import torch  # noqa: E402
 from calls import Calls, Meter  # noqa: E402
 from pairs import facts  # noqa: E402
@@ -44,7 +44,7 @@ from tdpo_cli.train.rollout import Actor  # noqa: E402
 from tdpo_cli.train.state import Job, build  # noqa: E402
 
 VIEW = "critic's view"
-FAMILIES = {"sdxl": "sdxl", "sd3": "sd3", "flux": "flux", "flux2-klein": "flux2-klein", "z-image": "z-image", "qwen-image": "qwen-image"}
+FAMILIES = ("sdxl", "sd3", "flux", "flux2-klein", "z-image", "qwen-image")
 
 
 # --- the product's epoch, by phase ----------------------------------------------------------------------------------------
@@ -105,26 +105,6 @@ def preset_of(base: str, flow: bool, samples: int, steps: int, batch: int, more:
     return presets.load(name, [*settings.items(), *more])
 
 
-def widened(family: str, folder: Path, times: int, pixels: int) -> Path:
-    """A tiny pipeline of the family whose denoiser has so many times the heads, and with these the width."""
-    sys.path.append(str(Path(__file__).parent.parent / "tests" / "families"))
-    import diffusers
-    import make_tiny
-
-    make_tiny.build(family, folder, 1, size=pixels)
-    part = "unet" if (folder / "unet").is_dir() else "transformer"
-    config = json.loads((folder / part / "config.json").read_text())
-    scaled = lambda value: [scaled(one) for one in value] if isinstance(value, list) else value * times
-    names = ("attention_head_dim", "block_out_channels") if part == "unet" else ("dim", "n_heads", "n_kv_heads", "num_attention_heads", "caption_projection_dim")
-    # of a UNet `attention_head_dim` is the number of heads
-    config |= {name: scaled(config[name]) for name in names if config.get(name) is not None}
-    torch.manual_seed(0)
-    network = getattr(diffusers, config["_class_name"]).from_config(config)
-    make_tiny.redraw(network, torch.Generator().manual_seed(0))
-    network.save_pretrained(folder / part)
-    return folder
-
-
 def measure(preset: Preset, rounds: int, device: str = "cpu", plan: Plan | None = None) -> dict[str, Any]:
     """Per phase the ratio to its bare calls and the seconds; and how long one call of the denoiser takes."""
     preset_rows = preset.rollout.samples_per_epoch
@@ -139,8 +119,8 @@ def measure(preset: Preset, rounds: int, device: str = "cpu", plan: Plan | None 
         "calls": {name: len(keys) for name, keys in calls.phases.items()},
         "ratio_drift": epochs.row["ratio_drift"],
     }
-    report["denoiser"] = {"seconds_a_call": call_seconds(calls, epochs), "weights": sum(p.numel() for p in epochs.job.policy.family.network.parameters())}
-    return report
+    weights = sum(parameter.numel() for parameter in epochs.job.policy.family.network.parameters())
+    return report | {"denoiser": {"seconds_a_call": call_seconds(calls, epochs), "weights": weights}}
 
 
 def call_seconds(calls: Calls, epochs: Epochs, repeats: int = 5) -> float:
@@ -164,9 +144,9 @@ def show(name: str, report: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--family", action="append", choices=list(FAMILIES), default=[], help="a tiny pipeline, made for the measurement")
-    parser.add_argument("--pipeline", action="append", metavar="DIR", default=[], help="a diffusers folder or an embedded model")
-    parser.add_argument("--wide", type=int, default=1, help="how many times as wide the tiny pipelines' denoisers are made")
+    parser.add_argument("--family", action="append", choices=FAMILIES, default=[], help="a tiny pipeline, made for the measurement")
+    parser.add_argument("--pipeline", action="append", default=[], choices=["sandbox", "sandbox-flow"], help="an embedded model [default: both]")
+    parser.add_argument("--wide", type=int, default=1, help="times the width of the tiny pipelines' networks; above 1 also a larger CLIP")
     parser.add_argument("--pixels", type=int, default=64, help="of the tiny pipelines' images")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--steps", type=int, default=4)
@@ -183,15 +163,17 @@ def main() -> None:
     report: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         bases = {name: name for name in options.pipeline or ([] if options.family else ["sandbox", "sandbox-flow"])}
-        bases |= {name: str(widened(name, Path(folder) / name, options.wide, options.pixels)) for name in options.family}
+        bases |= {name: str(pipelines.widened(name, Path(folder) / name, options.wide, options.pixels)) for name in options.family}
+        reward = pipelines.reward(Path(folder) / "reward", "tiny" if options.wide == 1 else "middle") if options.family else None
         for name, base in bases.items():
             flow = models.family_of(models.resolve(base)).diffusion == "flow"
-            own = [] if base in models.EMBEDDED else [("model.resolution", options.pixels)]
+            own = [] if base in models.EMBEDDED else [("model.resolution", options.pixels), ("reward.checkpoints.aesthetic", str(reward))]
             report[name] = measure(preset_of(base, flow, options.samples, options.steps, options.batch, own), options.rounds)
             if not options.json:
                 show(name, report[name])
     if options.json:
-        print(json.dumps({**facts(), **{key: vars(options)[key] for key in ("wide", "pixels", "samples", "steps", "batch", "rounds")}, "bases": report}))
+        work = {key: vars(options)[key] for key in ("wide", "pixels", "samples", "steps", "batch", "rounds")}
+        print(json.dumps({**facts(), **work, "bases": report}))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,11 @@ VIT_L = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 224, "patch_size": 14,
 }  # fmt: skip
 TINY_CLIP = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+MIDDLE_CLIP = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6}
+CLIPS = {  # vision, text
+    "full": (VIT_L, CLIP_L), "middle": ({**MIDDLE_CLIP, "image_size": 112, "patch_size": 14}, {**TINY_CLIP, "projection_dim": 256}),
+    "tiny": ({**TINY_CLIP, "image_size": 32, "patch_size": 8}, {**TINY_CLIP, "projection_dim": 32}),
+}  # fmt: skip
 VAE = {
     "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "norm_num_groups": 32, "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -45,8 +50,8 @@ class Family:
 FAMILIES = {
     "sd1": Family("sd1", 1, "aesthetic", 512, {
         "unet": {
-            "sample_size": 64, "block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2, "cross_attention_dim": 768, "attention_head_dim": 8,
-            "norm_num_groups": 32, "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+            "sample_size": 64, "block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2, "cross_attention_dim": 768,
+            "attention_head_dim": 8, "norm_num_groups": 32, "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
             "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
         },
         "vae": {**VAE, "sample_size": 512}, "text_encoder": CLIP_L,
@@ -96,17 +101,14 @@ def pipeline(family: str, folder: Path, full: bool, device: str = "cpu") -> Path
     return folder
 
 
-def reward(folder: Path, full: bool, device: str = "cpu") -> Path:
-    """Write an aesthetic reward with random weights: CLIP ViT-L/14, or a tiny one, and the head."""
-    vision = {**(VIT_L if full else {**TINY_CLIP, "image_size": 32, "patch_size": 8})}
-    text, width = (CLIP_L if full else TINY_CLIP), 768 if full else 32
+def reward(folder: Path, size: str = "tiny", device: str = "cpu") -> Path:
+    """Write an aesthetic reward with random weights, a CLIP and the head: `full` is ViT-L/14."""
+    vision, text = CLIPS[size]
+    width = text["projection_dim"]
     torch.manual_seed(1)
     with torch.device(device):
-        clip = transformers.CLIPModel(
-            transformers.CLIPConfig(
-                text_config={key: value for key, value in text.items() if key != "projection_dim"}, vision_config=vision, projection_dim=width
-            )
-        )
+        texts = {key: value for key, value in text.items() if key != "projection_dim"}
+        clip = transformers.CLIPModel(transformers.CLIPConfig(text_config=texts, vision_config=vision, projection_dim=width))
         head = {}
         for index, (wide, narrow) in zip((0, 2, 4, 6, 7), ((width, 1024), (1024, 128), (128, 64), (64, 16), (16, 1)), strict=True):
             layer = nn.Linear(wide, narrow)
@@ -114,6 +116,22 @@ def reward(folder: Path, full: bool, device: str = "cpu") -> Path:
     clip.save_pretrained(folder)
     torch.save(head, folder / HEAD_FILE)
     side = vision["image_size"]
-    size = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}, "image_mean": OPENAI_MEAN, "image_std": OPENAI_STD}
-    (folder / "preprocessor_config.json").write_text(json.dumps(size))
+    sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}, "image_mean": OPENAI_MEAN, "image_std": OPENAI_STD}
+    (folder / "preprocessor_config.json").write_text(json.dumps(sizes))
+    return folder
+
+
+def widened(family: str, folder: Path, times: int, pixels: int) -> Path:
+    """A tiny pipeline of the family whose denoiser has so many times the heads, and with these the width; its VAE is so many times as wide."""
+    make_tiny.build(family, folder, 1, size=pixels)
+    part = "unet" if (folder / "unet").is_dir() else "transformer"
+    scaled = lambda value: [scaled(one) for one in value] if isinstance(value, list) else value * times
+    # of a UNet `attention_head_dim` is the number of heads
+    heads = ("attention_head_dim",) if part == "unet" else ("dim", "n_heads", "n_kv_heads", "num_attention_heads", "caption_projection_dim")
+    for name, widths in ((part, (*heads, "block_out_channels")), ("vae", ("block_out_channels", "base_dim"))):
+        config = json.loads((folder / name / "config.json").read_text())
+        config |= {width: scaled(config[width]) for width in widths if config.get(width) is not None}
+        made = getattr(diffusers, config["_class_name"]).from_config(config)
+        make_tiny.redraw(made, torch.Generator().manual_seed(0))
+        made.save_pretrained(folder / name)
     return folder

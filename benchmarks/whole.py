@@ -169,7 +169,9 @@ def commands(family: str, changes: dict[str, Any], folder: Path, device: str, de
         "train": ["train", "--preset", pipelines.FAMILIES[family].preset, *options, "--epochs", "2", "--out", str(run), "--quiet"],
         "resume": ["train", "--resume", "--out", str(run), "--epochs", "3", "--quiet"],
         "sample": ["sample", str(run), "a cat", "a dog", "--out", str(images), "--device", device, "--quiet"],
-        "score": ["score", str(images), "--rewards", "aesthetic", "--checkpoint", f"aesthetic={reward}", "--device", device, "--out", str(scores), "--quiet"],
+        "score": [
+            "score", str(images), "--rewards", "aesthetic", "--checkpoint", f"aesthetic={reward}", "--device", device, "--out", str(scores), "--quiet",
+        ],
     }  # fmt: skip
     report: dict[str, Any] = {}
     for name, arguments in steps.items():
@@ -189,7 +191,7 @@ def measure(family: str, device: torch.device, folder: Path, full: bool, amount:
     """All sections of one family."""
     deadline = Deadline(minutes)
     base = pipelines.pipeline(family, folder / "pipeline", full, str(device))
-    reward = pipelines.reward(folder / "reward", full, str(device))
+    reward = pipelines.reward(folder / "reward", "full" if full else "tiny", str(device))
     report: dict[str, Any] = {"amount": dataclasses.asdict(amount), "full": full, "dtypes": {}}
     for dtype in DTYPES:
         preset = preset_of(family, settings(family, base, reward, amount, dtype))
@@ -213,7 +215,8 @@ def release(device: torch.device) -> None:
 # --- tables ---------------------------------------------------------------------------------------------------------------
 def table(reports: dict[str, dict[str, Any]]) -> str:
     """Markdown: a row per family and precision."""
-    head = ["family", "asked, computed", "drift / clip range", *(f"{phase}: seconds, overhead, share, peak / predicted" for phase in PREDICTED), "compile"]
+    columns = (f"{phase}: seconds, overhead, share, peak / predicted" for phase in PREDICTED)
+    head = ["family", "asked, computed", "drift / clip range", *columns, "compile"]
     lines = [" | ".join(["", *head, ""]).strip(), "|---" * len(head) + "|"]
     for family, report in reports.items():
         for dtype, one in report["dtypes"].items():
@@ -225,7 +228,8 @@ def table(reports: dict[str, dict[str, Any]]) -> str:
                 f"{held['peak'] / 1e9:.2f} / {held['predicted'] / 1e9:.2f} GB"
                 for phase, held in one["memory"].items()
             ]
-            cells = [family, f"{dtype}, {one['computed_in']}", f"{one['ratio_drift']:.1e} / {one['clip_range']:.0e}", *phases, _compiled(one.get("compile"))]
+            drifted = f"{one['ratio_drift']:.1e} / {one['clip_range']:.0e}"
+            cells = [family, f"{dtype}, {one['computed_in']}", drifted, *phases, _compiled(one.get("compile"))]
             lines.append(f"| {' | '.join(cells)} |")
     for family, report in reports.items():
         lines.append(f"\n{family}, commands: {report['commands']}")
@@ -239,4 +243,3 @@ def _compiled(found: Any) -> str:
         return "" if found is None else found
     even = "never" if found["break_even_epoch"] is None else f"epoch {found['break_even_epoch']:.0f}"
     return f"x{found['epoch_gain']:.2f}, warm-up {found['warm_up_seconds']:.0f} s, pays from {even}"
-

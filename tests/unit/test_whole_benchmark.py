@@ -30,7 +30,7 @@ def test_full_architecture_has_the_published_number_of_weights(family, tmp_path)
     assert set(known.parts) == set(WEIGHTS[family])
     for part, changes in known.parts.items():
         made = pipelines.network(tmp_path / part, changes, "meta")
-        assert sum(p.numel() for p in made.parameters()) == pytest.approx(WEIGHTS[family][part], rel=0.003), part
+        assert sum(p.numel() for p in made.parameters()) == pytest.approx(WEIGHTS[family][part], rel=0.005), part
 
 
 def test_section_that_fails_leaves_the_others_and_late_ones_do_not_begin():

@@ -170,7 +170,8 @@ def commands(family: str, changes: dict[str, Any], folder: Path, device: str, de
         "resume": ["train", "--resume", "--out", str(run), "--epochs", "3", "--quiet"],
         "sample": ["sample", str(run), "a cat", "a dog", "--out", str(images), "--device", device, "--quiet"],
         "score": [
-            "score", str(images), "--rewards", "aesthetic", "--checkpoint", f"aesthetic={reward}", "--device", device, "--out", str(scores), "--quiet",
+            "score", str(images), "--rewards", "aesthetic", "--checkpoint", f"aesthetic={reward}", "--device", device, "--out", str(scores),
+            "--quiet",
         ],
     }  # fmt: skip
     report: dict[str, Any] = {}

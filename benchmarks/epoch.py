@@ -148,6 +148,7 @@ def main() -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--size", choices=[*SIZES, *(family for family in whole.FULL if family not in SIZES)], default="tiny")
     parser.add_argument("--parts", help="standin, whole or both with a comma [default: on a CPU the stand-in; on a GPU both where there is one]")
+    parser.add_argument("--family", action="append", choices=list(whole.FULL), help="of the tiny pipelines only this one; may be repeated")
     parser.add_argument("--minutes", type=float, default=9.0, help="no section of `whole` begins later; the report names what was left out")
     parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], default="fp16", help="of sd1's networks beside the stand-in on a GPU")
     parser.add_argument("--rounds", type=int, help="paired runs; medians are of these [default: 5; on a GPU 2]")
@@ -208,7 +209,7 @@ def _beside_standin(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
 def _whole(options: argparse.Namespace) -> dict[str, Any]:
     """A full family, or all of them as tiny pipelines; the minutes are shared among these."""
     full = options.size in whole.FULL
-    families, report = [options.size] if full else list(whole.FULL), {}
+    families, report = [options.size] if full else options.family or list(whole.FULL), {}
     for family in families:
         amount = whole.FULL[family] if full else whole.TINY
         amount = dataclasses.replace(amount, rounds=options.rounds or amount.rounds)

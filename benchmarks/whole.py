@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,7 +51,10 @@ TINY = Amount(4, 3, 2, pixels=64)
 
 
 class Deadline:
-    """Sections begin only while there is time; the report says which were left out and which failed."""
+    """Sections begin only while there is time; the report says which were left out and which failed.
+
+    What a section found is also printed to standard error at once: a run that is stopped has shown something.
+    """
 
     def __init__(self, minutes: float):
         self.end, self.left_out, self.failed = time.monotonic() + 60 * minutes, [], {}
@@ -60,11 +64,14 @@ class Deadline:
         if time.monotonic() > self.end:
             self.left_out.append(name)
             return NOT_MEASURED
+        began = time.monotonic()
         try:
-            return work()
+            found = work()
         except Exception as error:  # noqa: BLE001 - whatever it is, the other sections are still worth measuring
             self.failed[name] = f"{type(error).__name__}: {error}"
-            return NOT_MEASURED
+            found = NOT_MEASURED
+        print(f"{name}, {time.monotonic() - began:.0f} s: {json.dumps(self.failed.get(name, found))}", file=sys.stderr, flush=True)
+        return found
 
 
 class MemoryMeter(Meter):

@@ -47,7 +47,7 @@ from tdpo_cli.train.state import build  # noqa: E402
 
 COMMITTED = Path(__file__).with_suffix(".json")
 LIMIT = 1.25
-PAIRS = 7
+PAIRS = 5
 STEPS = 3
 PROMPTS = [f"a {colour} circle" for colour in ("red", "green", "blue", "yellow")]
 

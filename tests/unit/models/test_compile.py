@@ -18,7 +18,9 @@ class Denoiser(nn.Module):
         self.asked += 1
 
 
-@pytest.mark.parametrize(("named", "asked", "compiled"), [(["Linear"], 1, False), ([], 0, True), (None, 0, True)])
+@pytest.mark.parametrize(
+    ("named", "asked", "compiled"), [(["Linear"], 1, False), *(pytest.param(named, 0, True, marks=pytest.mark.slow) for named in ([], None))]
+)
 def test_blocks_are_compiled_also_where_diffusers_does_not_name_them(named, asked, compiled):
     network = Denoiser(named)
     Policy.cut_up(SimpleNamespace(family=SimpleNamespace(network=network)), checkpointing=False, compile=True)

@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 
 from tdpo_cli.errors import RequestError, WorkError
@@ -209,6 +208,8 @@ class FlowFamily(Family):
         config = self.scheduler_config
         if not config.get("use_dynamic_shifting"):
             return None
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift  # here: it imports all of FLUX
+
         defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
         return calculate_shift(self.tokens, *(config.get(name, default) for name, default in defaults.items()))
 

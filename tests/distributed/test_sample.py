@@ -1,10 +1,12 @@
 """Samples do not depend on how many processes made them."""
 
+import pytest
 from helpers import tdpo
 
 PROMPTS = ("a red circle on a blue background", "a cyan ring on a black background")
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_samples_of_one(nursery, tmp_path):
     settings = ("--steps", "3", "--per-prompt", "3", "--seed", "5")
     alone = tdpo("sample", "base", *PROMPTS, *settings, "--out", str(tmp_path / "one"))

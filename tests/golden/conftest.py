@@ -14,7 +14,7 @@ def pytest_generate_tests(metafunc):
         from flow_recording import KEPT_FLOW
         from recording import KEPT
 
-        own = [KEPT, pytest.param(MADE_UP, marks=pytest.mark.slow), KEPT_FLOW]
+        own = [KEPT, pytest.param(MADE_UP, marks=pytest.mark.slow), pytest.param(KEPT_FLOW, marks=pytest.mark.slow)]
         sources = [Path(folder) for folder in metafunc.config.getoption("--traces")] or own
         metafunc.parametrize("trace_source", sources, ids=lambda source: Path(source).name, scope="session")
 

@@ -223,6 +223,7 @@ def test_embeddings_equal_upstream(scorer, size, inputs, folders, table):
         assert error < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_imagereward_features_equal_upstream(size, inputs, folders, table):
     expected = upstream(size)
@@ -273,6 +274,7 @@ def test_letterbox_equals_the_hpsv2_package(inputs, image_names, table):
     assert max(errors) < 2e-6
 
 
+@pytest.mark.slow
 def test_tokens_equal_upstream(inputs, folders):
     expected = json.loads((ORACLE / "tokens.json").read_text())
     backbones = Backbones()

@@ -78,6 +78,7 @@ def test_a_gradient_of_ours_that_is_worse_fails_the_gate(bench, monkeypatch):
     assert not gate["holds"] and "from the reference, the stand-in's" in gate["reasons"][0]
 
 
+@pytest.mark.slow
 def test_the_standin_makes_tdpos_samples(bench):
     plan = ladder.Plan(4, 4, 4)
     own, theirs = ours.sample(bench, plan), standin.sample(bench, standin.OFFICIAL)

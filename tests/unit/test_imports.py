@@ -141,6 +141,7 @@ def test_there_are_no_circles_among_files():
     assert circles(arrows) == []
 
 
+@pytest.mark.slow
 def test_only_world_and_the_trackers_know_accelerate():
     users = [file.name for files in rooms().values() for file in files if any(name.split(".")[0] == "accelerate" for name in imports(file))]
     assert set(users) <= {"world.py", "launch.py", "trackers.py"}

@@ -353,6 +353,7 @@ def test_any_toml_preset(table):
     dry_run("--preset", "any.toml")
 
 
+@pytest.mark.slow
 @calm(40)
 @given(st.binary(max_size=60) | st.text(alphabet='[]{}="\n.#,0123456789abc', max_size=60).map(str.encode), st.sampled_from(["any.toml", "any.json"]))
 def test_any_bytes_as_a_preset(content, name):
@@ -387,6 +388,7 @@ def test_any_prompt_file(content, name):
         assert read and all(isinstance(prompt, str) and prompt.strip() == prompt != "" for prompt in read)
 
 
+@pytest.mark.slow
 @calm(200)
 @given(prompt_files, st.sampled_from(["any.txt", "any.jsonl", "any.csv"]), st.booleans())
 def test_any_file_of_prompts_for_scoring(content, name, as_metadata):

@@ -254,6 +254,7 @@ def test_option_changes_the_mathematics(key):
     all_differ(key, small_mathematics)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "key", [pytest.param(key, marks=pytest.mark.slow) if key in TESTED_ELSEWHERE.union(MATHEMATICS) else key for key in CHANGES_THE_RUN]
 )
@@ -298,6 +299,7 @@ def test_ddpo_has_no_critic():
         assert run["rows"][0][name] is None
 
 
+@pytest.mark.slow
 def test_all_timesteps_takes_one_step_per_batch():
     assert run_with({"algorithm.name": "ddpo"})["rows"][0]["updates"] == 4
     assert run_with({"algorithm.name": "ddpo", "algorithm.update_mode": "all-timesteps"})["rows"][0]["updates"] == 2
@@ -746,7 +748,7 @@ ELSEWHERE = {
 # test_bad_input (save_every, keep_last, micro_batch), test_numbers (max_bad_steps)
 SLOW = (
     stopping_early, tracking, memory_limit, compiled, shown_images, dynamics, critic_view, critic_state, run_folder, max_bad_steps,
-    dtype, vae, text_lora,
+    dtype, vae, text_lora, sharded, watch, base, rollout_prompts, tf32, resolution,
 )  # fmt: skip
 
 
@@ -886,6 +888,7 @@ def test_the_scale_is_checkpointed():
     assert again.optimizers.scaler.get_scale() == job.optimizers.scaler.get_scale() < 2.0**126
 
 
+@pytest.mark.slow
 def test_a_state_without_a_scaler_loads_where_one_is_needed():
     """A run that went on from a CPU to a GPU starts with the scaler's own first scale."""
     job = with_scaler(64.0)

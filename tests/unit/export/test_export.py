@@ -91,6 +91,7 @@ def test_diffusers_makes_the_same_images_of_the_exported_file(run, exported):
     assert abs(ours - base).max() > 0.1
 
 
+@pytest.mark.slow
 def test_up_times_down_added_by_hand_is_the_adapted_network(policy, exported):
     """What the format means to its readers: weight + up @ down * alpha / rank."""
     state = load_file(exported[0])

@@ -215,6 +215,7 @@ def test_a_smaller_plan_ends_somewhere():
     assert seen == [(5, False), (2, False), (1, False), (1, True)]
 
 
+@pytest.mark.slow
 def test_gradients_are_the_same_with_checkpointing():
     from tdpo_cli import models
 

@@ -72,6 +72,7 @@ def test_the_denoiser_and_t5_are_quantised_and_no_clip(monkeypatch):
     assert sorted(asked) == [("int8", "SD3Transformer2DModel", torch.float32), ("int8", "T5EncoderModel", torch.float32)]
 
 
+@pytest.mark.slow
 def test_the_convolutions_of_unets_are_counted():
     """They keep their precision. Those at both ends, which take and make latents, are not counted."""
     from diffusers import UNet2DConditionModel

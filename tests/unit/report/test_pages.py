@@ -225,6 +225,7 @@ def test_hostile_words_are_only_words():
     assert document.find("img") == [] and [one["class"] for one in document.find("script")] == ["readings"]
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(st.recursive(st.text() | st.none() | st.integers(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8))
 def test_data_comes_back_as_it_was(value):

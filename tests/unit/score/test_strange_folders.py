@@ -395,6 +395,7 @@ def test_text_chunks_never_raise():
             assert prompt is None or outside.is_text(prompt)
 
 
+@pytest.mark.slow
 def test_gpu_that_is_lost_leaves_no_nulls(folder, monkeypatch):
     if not hasattr(torch, "AcceleratorError"):
         pytest.skip("this torch has no AcceleratorError")

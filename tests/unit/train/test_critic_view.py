@@ -67,6 +67,7 @@ def test_x0_shows_the_guided_clean_image_of_every_trained_step_and_the_time(sett
     assert not seen.image_embeds.requires_grad
 
 
+@pytest.mark.slow
 def test_x_t_shows_the_state_before_the_step_on_a_flow_model_too():
     job = start(WINDOW | {"algorithm__critic_state": "x_t"})
     seen = rolled(job)

@@ -318,6 +318,7 @@ def test_samples_come_with_metadata_and_a_grid(samples):
     assert Image.open(samples / "grid.png").width > 2 * 128
 
 
+@pytest.mark.slow
 def test_every_image_has_its_own_noise(samples):
     assert len({image.tobytes() for image in pictures(samples)}) == 4
 
@@ -405,6 +406,7 @@ def test_plain_diffusers_loads_the_lora_and_gives_the_same_images(samples, diffu
     assert abs(with_lora - pictures(samples)).max() <= 1
 
 
+@pytest.mark.slow
 def test_the_lora_changes_the_images(samples, diffusers_images):
     base, _ = diffusers_images
     assert abs(base - pictures(samples)).max() > 10

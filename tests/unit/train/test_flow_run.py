@@ -34,6 +34,7 @@ def test_a_resumed_flow_run_equals_the_straight_run(run, place):
     assert tiny.outcome_of(place / "halves") == tiny.outcome_of(run)
 
 
+@pytest.mark.slow
 def test_a_flow_run_trains_the_steps_with_noise(run):
     first, last = tiny.rows(run)
     assert (first["updates"], last["updates"]) == (4, 8)  # 2 of 3 steps, 2 batches

@@ -94,6 +94,7 @@ def test_tensorboard_shows_every_row_and_preview_and_nothing_else(straight):
     assert unused and not unused & board(straight)[0].keys()
 
 
+@pytest.mark.slow
 def test_tracking_changes_nothing_of_the_run(straight, plain):
     assert tiny.rows(straight) == tiny.rows(plain)
     weights = "checkpoints/epoch_0001/pytorch_lora_weights.safetensors"

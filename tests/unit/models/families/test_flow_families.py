@@ -75,6 +75,7 @@ def test_drop_t5_puts_zeros_in_place_of_its_tokens():
     assert (whole.family.prompt_limit, without.family.prompt_limit) == (256, 77)
 
 
+@pytest.mark.slow
 def test_a_folder_without_t5_files_names_the_way_out(tmp_path):
     folder = shutil.copytree(SD3, tmp_path / "model")
     shutil.rmtree(folder / "text_encoder_3")
@@ -168,6 +169,7 @@ def test_limits_are_t5s(flux_folder):
 
 
 # --- both -----------------------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_text_encoders_are_on_the_device_only_while_they_encode(monkeypatch):
     policy = load()
     moves = []

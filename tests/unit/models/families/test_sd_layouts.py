@@ -79,6 +79,7 @@ def test_safetensors_and_pickled_weights_are_the_same_policy(pipeline, tmp_path,
     assert_same(outputs(load(tmp_path / "bin")), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pickled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_folder_with_fp16_files_only_loads(tmp_path, expected, pickled):
     half = StableDiffusionPipeline.from_pretrained(SOURCE, safety_checker=None, requires_safety_checker=False, dtype=torch.float16)
@@ -185,6 +186,7 @@ def test_v_prediction_mean_by_hand():
     assert ours == pytest.approx(before**0.5 * x_0 + (1 - before - sigma**2) ** 0.5 * eps, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_zero_terminal_snr_has_finite_log_probs(folder):
     """2.x checkpoints with rescaled betas: the first step starts at abar = 0, where 1 - abar_prev - sigma^2 rounds below 0."""
     config = dict(prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing")

@@ -5,7 +5,6 @@ A new family is one file in `families/` and one line in `FAMILIES`.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import re
 from dataclasses import dataclass
@@ -82,6 +81,8 @@ def pipeline_class(source: str, content: dict) -> str:
 
 def check_installed(source: str, entry: FamilyEntry) -> None:
     """RequestError where the installed diffusers is older than the family needs."""
+    import importlib.metadata  # here, because it is slow to import
+
     here = importlib.metadata.version("diffusers")
     numbers = lambda version: tuple(int(part) for part in re.findall(r"\d+", version)[:2])
     if numbers(here) < numbers(entry.needs):

@@ -163,3 +163,9 @@ def test_importing_the_quick_modules_does_not_load_torch():
         f"import sys, {', '.join(name.removesuffix('.__init__') for name in quick)}; print(sorted({{'torch', 'numpy', 'PIL'}} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_help_loads_nothing_that_it_does_not_show():
+    unneeded = {"tdpo_cli.config.preset", "tdpo_cli.storage.run_dir", "tdpo_cli.models", "rich.progress", "importlib.metadata", "torch", "numpy"}
+    program = f"import sys, tdpo_cli.cli; print(sorted({unneeded!r} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"

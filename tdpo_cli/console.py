@@ -13,14 +13,16 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 from rich.text import Text
 
+from tdpo_cli.errors import without_password
+
 LONGEST_LINE = 2000  # characters of a line that a message shows
 # what changes a terminal or hides text: control characters but newline and tab, marks that change the direction of writing, half characters
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    """Text that cannot act on a terminal: control characters as escapes, as \\x1b, and long lines cut with what was left out."""
-    lines = text.split("\n")
+    """Text that cannot act on a terminal: control characters as escapes, as \\x1b, and long lines cut with what was left out. No password either."""
+    lines = without_password(text).split("\n")
     for number, line in enumerate(lines):
         if len(line) > LONGEST_LINE:
             lines[number] = f"{line[:LONGEST_LINE]} ... ({len(line) - LONGEST_LINE:,} more characters)"

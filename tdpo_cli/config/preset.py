@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from tdpo_cli.algorithms import ACTS_ON, ALGORITHMS, Facts
 from tdpo_cli.config.fields import SettingError, accepts_none, convert, knob, named, said, suggest, type_name
+from tdpo_cli.errors import holds_password
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -554,6 +555,8 @@ def check(preset: Preset, where: str) -> Preset:
         raise SettingError(
             f"{where}: reward.min_count {preset.reward.min_count} is never reached with reward.buffer_size {preset.reward.buffer_size}."
         )
+    if any(map(holds_password, (*preset.rewards, *preset.reward.checkpoints, *preset.reward.checkpoints.values()))):
+        raise SettingError(f"{where}: a reward's address holds no user or password, as it is written into files.")
     twice = {name for name in preset.rewards if preset.rewards.count(name) > 1}
     if twice:
         raise SettingError(f"{where}: reward {min(twice)!r} is named twice in reward.train and reward.watch.")

@@ -75,6 +75,23 @@ class Model:
         """From request.json."""
         return Model(**{**entry, "sampling": Sampling.of(entry["sampling"])})
 
+    def checked(self) -> Model:
+        """Itself, if every value is of its kind. Raises ValueError: request.json may be damaged, or a stranger's."""
+        how, weights = self.sampling, self.sampling.checkpoint
+        texts = (self.name, weights.base, weights.dtype, how.negative_prompt)
+        maybe = (self.base, self.run, self.group, self.algorithm, self.trained_reward, weights.revision, weights.weights, weights.vae)
+        counts = (self.epoch, self.reward_queries, self.updates, how.steps, *(weights.resolution or (1, 1)))
+        right = (
+            all(isinstance(text, str) for text in (*texts, *(text for text in maybe if text is not None), *self.constraints)),
+            all(type(count) is int and 0 <= count < 2**53 for count in counts if count is not None),
+            how.steps is not None and 0 < how.steps <= 1000 and len(weights.resolution or (1, 1)) == 2,
+            all(type(value) in (int, float) and abs(value) < 1e6 for value in (how.guidance_scale, how.noise or 0, *self.weights.values())),
+            all(isinstance(text, str) for pair in (*self.sha256.items(), *((name, name) for name in self.weights)) for text in pair),
+        )
+        if not all(right):
+            raise ValueError(f"{str(self.name)[:60]!r} has values of another kind")
+        return self
+
 
 @dataclass(frozen=True)
 class Found:

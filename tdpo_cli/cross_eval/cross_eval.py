@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,13 @@ from tdpo_cli.console import Console, duration
 from tdpo_cli.cross_eval import candidates, result
 from tdpo_cli.cross_eval.candidates import Model
 from tdpo_cli.cross_eval.evaluate import Evaluator, fetch, prompts_at_once
-from tdpo_cli.cross_eval.folder import Folder, Part, write_json
+from tdpo_cli.cross_eval.folder import Folder, Part
 from tdpo_cli.cross_eval.request import CrossEvalRequest
-from tdpo_cli.errors import RequestError
+from tdpo_cli.errors import RequestError, first_line
 from tdpo_cli.machine import memory, world
 from tdpo_cli.report import cross_eval_page as page
 from tdpo_cli.report import cross_eval_tables as tables
 from tdpo_cli.report import model_card, png
-from tdpo_cli.storage import disk
 
 BATCH_SIZE = 16  # images per network call at most; a part of the work is as large
 
@@ -34,7 +33,7 @@ def run(request: CrossEvalRequest, console: Console) -> dict[str, Any]:
     started = time.perf_counter()
     team = world.current(str(world.device(request.device)))
     folder = Folder(request.out)
-    task, finished = team.from_main(_task(request, folder, team.device, console) if team.is_main else None)
+    task, finished, named = team.from_main(_task(request, folder, team.device, console) if team.is_main else None)
     compared = [Model.of(entry) for entry in task["models"]]
     if not finished:
         _evaluate(task, compared, folder, team, console)
@@ -43,12 +42,14 @@ def run(request: CrossEvalRequest, console: Console) -> dict[str, Any]:
         folder.lock()
         if not finished:
             at_once = prompts_at_once(task)
-            parts = {model.name: folder.read_parts(model.name, len(task["prompts"]), at_once) for model in compared}
-            write_json(folder.result, result.build(task, compared, parts), indent=1)
+            folder.still_there()
+            parts = {model.name: folder.read_parts(model.name, task, at_once) for model in compared}
+            folder.write_result(result.build(task, compared, parts))
             folder.forget_parts()
         content = folder.read_result()
-        report = _draw(content, folder, console)
-        _complete_cards(compared, content, console)
+        with _damage_named(folder) if finished else contextlib.nullcontext():
+            report = _draw(content, folder, console)
+        _complete_cards([model for model in compared if model.sampling.checkpoint.weights in named], content, console)
         report["seconds"] = time.perf_counter() - started
         images = len(task["prompts"]) * task["per_prompt"]
         done = "drawn anew from the cross_eval.json that was there" if finished else duration(report["seconds"])
@@ -57,9 +58,21 @@ def run(request: CrossEvalRequest, console: Console) -> dict[str, Any]:
     return report
 
 
+@contextlib.contextmanager
+def _damage_named(folder: Folder) -> Iterator[None]:
+    """A cross_eval.json that was there may hold anything: what cannot be drawn is damage, not a fault of the drawing. Raises RequestError."""
+    try:
+        yield
+    except RequestError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        problem = f"{type(error).__name__}: {first_line(error)[:200]}"
+        raise RequestError(f"{folder.result}: damaged: {problem}. Remove it together with the folder, or choose another --out.") from error
+
+
 # --- the task: the request with everything resolved, as request.json holds it ---------------------------------------------
-def _task(request: CrossEvalRequest, folder: Folder, device: torch.device, console: Console) -> tuple[dict[str, Any], bool]:
-    """What is to be evaluated, or what the folder has already; and whether that is finished. Raises RequestError."""
+def _task(request: CrossEvalRequest, folder: Folder, device: torch.device, console: Console) -> tuple[dict[str, Any], bool, set[str | None]]:
+    """What is to be evaluated, or what the folder has already; whether that is finished; the weights that are named now. Raises RequestError."""
     before = folder.read_request()
     found, presets = candidates.find(request.models, request.preset, request.overrides, request.epochs)
     source = candidates.shared_prompt_source(request.prompts, presets)
@@ -76,13 +89,14 @@ def _task(request: CrossEvalRequest, folder: Folder, device: torch.device, conso
         "batch_size": request.batch_size or min(BATCH_SIZE, *(memory.sample_batch(one, free) for one in presets)),
         "models": [model.as_dict() for model in found],
     }
+    named = {model.sampling.checkpoint.weights for model in found}
     if before is None:
-        return task, False
+        return task, False, named
     finished = folder.result.exists()
     _must_be_the_same(before, task, request.batch_size is None, finished, folder)
     if len(found) > len(before["models"]):
         console.warn(f"{folder.path} was begun with {len(before['models'])} of now {len(found)} models; choose another --out for all.")
-    return before, finished
+    return before, finished, named
 
 
 def _must_be_the_same(before: Mapping[str, Any], now: Mapping[str, Any], any_batch_size: bool, finished: bool, folder: Folder) -> None:
@@ -113,6 +127,7 @@ def _evaluate(task: dict[str, Any], compared: Sequence[Model], folder: Folder, t
             fetch(compared, team.device)
         evaluator = Evaluator(task, compared, folder, team.device, console)
     missing = team.from_main(_begin(task, evaluator, folder, console) if team.is_main else None)
+    folder.watch()
     evaluator.run(missing[team.share(len(missing))])
     team.barrier()
 
@@ -143,7 +158,7 @@ def _begin(task: dict[str, Any], evaluator: Evaluator, folder: Folder, console: 
 
 
 def _complete_cards(compared: Sequence[Model], content: Mapping[str, Any], console: Console) -> None:
-    """The table goes into the model card of every checkpoint of a run, too."""
+    """The table goes into the model card of every checkpoint of a run, too; the folder's request alone names no file to write."""
     for model in compared:
         if model.run is not None and (problem := model_card.add_cross_eval(Path(model.sampling.checkpoint.weights), content, model.name)):
             console.warn(problem)
@@ -154,8 +169,8 @@ def _draw(content: dict[str, Any], folder: Folder, console: Console) -> dict[str
     """The other files and the terminal's tables. -> a summary"""
     texts = {"csv": tables.as_csv(content), "md": tables.as_markdown(content), "html": page.render(content, folder.path)}
     for suffix, text in texts.items():
-        disk.write_text(folder.path / f"cross_eval.{suffix}", text)
-    disk.write_bytes(folder.path / "cross_eval.png", png.cross_eval(content))
+        folder.write(f"cross_eval.{suffix}", text)
+    folder.write("cross_eval.png", png.cross_eval(content))
     tables.show(content, console)
     lost = sum(score is None for model in content["models"] for rows in model["scores"].values() for row in rows for score in row)
     if lost:

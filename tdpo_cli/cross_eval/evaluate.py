@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tdpo_cli.console import Console
 from tdpo_cli.cross_eval.candidates import Model, hashes
-from tdpo_cli.cross_eval.folder import Folder, Part, write_json
+from tdpo_cli.cross_eval.folder import Folder, Part
 from tdpo_cli.errors import RequestError, WorkError, described, first_line
 from tdpo_cli.machine import memory
 from tdpo_cli.models import load
@@ -100,11 +100,12 @@ class Evaluator:
             # scored as they are on disk, in 8 bits, so that anyone can score the files again
             images = torch.stack([torch.from_numpy(np.array(picture)) for picture in pictures]).permute(0, 3, 1, 2).to(self.device).float() / 255
             judged = self.judges.judge(images, texts, self.per_prompt, self.batch_size)
+        self.folder.still_there()
         for i, picture in enumerate(pictures):
             name = image_name(first + i // self.per_prompt, i % self.per_prompt)
-            with disk.whole(self.folder.path / "images" / model.name / name) as aside:
+            with disk.whole(self.folder.path / "images" / model.name / name, inside=self.folder.path) as aside:
                 picture.save(aside, format="PNG")
-        write_json(self.folder.part(model.name, first), judged)
+        self.folder.write_part(model.name, first, judged)
 
     def _policy(self, number: int) -> Policy:
         """Of that model; it replaces the one before."""

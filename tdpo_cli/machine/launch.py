@@ -47,6 +47,7 @@ def plan(gpus: int | None, processes: int | None) -> Plan:
 
 def check(plan: Plan, samples: int) -> None:
     """Whether every worker will have a device and something to do. Raises RequestError."""
+    patience()
     if plan.workers > samples:
         raise RequestError(f"{plan.workers} workers for {samples} samples: each needs at least one.")
     if plan.device == "cuda":
@@ -180,13 +181,26 @@ def is_main() -> bool:
 
 
 def check_environment() -> None:
-    """RequestError unless a launcher's variables are whole numbers that fit each other."""
+    """RequestError unless a launcher's variables are whole numbers that fit each other, and TDPO_TIMEOUT is a time."""
+    patience()
     found = {name: os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     for name, text in found.items():
         if not (text.isascii() and text.isdigit() and len(text) < 10):
             raise RequestError(f"{name}={text}: expected a whole number, as torchrun sets it. Unset RANK, LOCAL_RANK and WORLD_SIZE to start alone.")
     if int(found["RANK"]) >= int(found["WORLD_SIZE"]):
         raise RequestError(f"RANK={found['RANK']} with WORLD_SIZE={found['WORLD_SIZE']}: a rank is below the number of processes.")
+
+
+def patience() -> float:
+    """Minutes that a process waits for the others before it gives up. Raises RequestError."""
+    text = os.environ.get("TDPO_TIMEOUT", "30")
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes <= 1e6:
+        raise RequestError(f"TDPO_TIMEOUT={text}: expected a number of minutes, above 0.")
+    return minutes
 
 
 def restarted() -> bool:
@@ -210,9 +224,12 @@ def end_with_launcher() -> None:
 
 
 def last_words(error: BaseException | None, message: str) -> bool:
-    """In a worker of `run`: leave why it failed to the launcher. -> whether there is one"""
+    """In a worker of `run`: leave why it failed to the launcher. -> whether there is one, and a disk with room for it"""
     if ERROR_FILE not in os.environ:
         return False
     words = {"message": message, "lost_peer": isinstance(error, LostPeer), "time": time.time()}
-    Path(os.environ[ERROR_FILE]).write_text(json.dumps(words))
+    try:
+        Path(os.environ[ERROR_FILE]).write_text(json.dumps(words))
+    except OSError:  # a full disk: said to standard error instead
+        return False
     return True

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from tdpo_cli.errors import LostPeer, RequestError, WorkError, first_line
-
-TIMEOUT = float(os.environ.get("TDPO_TIMEOUT", 30))  # minutes a process waits for the others before it gives up
+from tdpo_cli.machine import launch
 
 
 class World:
@@ -155,8 +154,14 @@ def _exchange(what: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         reason = first_line(error)[:200]
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise WorkError(
+                f"another program uses {place}, where the processes meet. Run the same command again; where you start the processes yourself, "
+                "set MASTER_PORT (torchrun: --master-port) to a port that is free."
+            ) from error
         raise LostPeer(
-            f"lost another process of the run while exchanging {what}: it ended, or said nothing for {TIMEOUT:g} minutes "
+            f"lost another process of the run while exchanging {what}: it ended, or said nothing for {launch.patience():g} minutes "
             f"(TDPO_TIMEOUT sets how long to wait). Its own message tells why; the last finished epoch is safe on disk. [{reason}]"
         ) from error
 
@@ -170,7 +175,7 @@ def current(device: str | None = None) -> World:
 
     # without `cpu` on a machine without a GPU accelerate makes a world of one and says nothing
     cpu = (device or best_device()) == "cpu"
-    timeout = datetime.timedelta(minutes=TIMEOUT)
+    timeout = datetime.timedelta(minutes=launch.patience())
     with _exchange("the first greetings"):
         state = PartialState(cpu=cpu, timeout=timeout)
         group = None if cpu else torch.distributed.new_group(backend="gloo", timeout=timeout)

@@ -15,15 +15,18 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 
 from tdpo_cli.errors import RequestError, WorkError
+from tdpo_cli.models import config_values
 from tdpo_cli.models.samplers import Sampler
 from tdpo_cli.models.samplers.ddim import DDIM
 from tdpo_cli.models.samplers.flow import DYNAMICS, Flow, noise_levels
 from tdpo_cli.models.settings import ETA, FLOW_DYNAMICS, NOISE_LEVEL
 from tdpo_cli.types import Conditioning
+
+MARKS = 4  # tokens around a prompt, such as its start and end, at most
+TOKENISED = 1000  # prompts at once
 
 
 class Family:
@@ -129,6 +132,8 @@ class Family:
         for name, read in self.unread.items():
             if getattr(self.pipeline, name) is None:
                 setattr(self.pipeline, name, read().requires_grad_(False).eval())
+        if self.unread:
+            config_values.bound_tokenizers(self.pipeline.components, type(self.pipeline).__name__)
 
     def release_text_encoders(self) -> None:
         """Give back the memory of those that can be read again."""
@@ -157,9 +162,15 @@ class Family:
                     part.to(device)
 
     def longer_than_limit(self, prompts: Sequence[str]) -> list[str]:
-        """The prompts whose ends are truncated."""
-        lengths = [len(ids) for ids in self.tokenizer(list(prompts), verbose=False).input_ids]
-        return [prompt for prompt, length in zip(prompts, lengths, strict=True) if length > self.prompt_limit]
+        """The prompts whose ends are truncated. Short ones are not tokenised: a token has at least one letter of ASCII."""
+        limit = self.prompt_limit
+        doubtful = [prompt for prompt in prompts if len(prompt) > limit - MARKS or not prompt.isascii()]
+        found = []
+        for start in range(0, len(doubtful), TOKENISED):
+            part = doubtful[start : start + TOKENISED]
+            lengths = [len(ids) for ids in self.tokenizer(part, verbose=False).input_ids]
+            found += [prompt for prompt, length in zip(part, lengths, strict=True) if length > limit]
+        return found
 
     def normal_form(self, prompt: str) -> str:
         """The prompt as the first text encoder reads it, truncated and, with CLIP, in lower case. Statistics are kept under it."""
@@ -197,6 +208,8 @@ class FlowFamily(Family):
         config = self.scheduler_config
         if not config.get("use_dynamic_shifting"):
             return None
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift  # here: it imports all of FLUX
+
         defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
         return calculate_shift(self.tokens, *(config.get(name, default) for name, default in defaults.items()))
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from tdpo_cli import models
 from tdpo_cli.config.preset import Model
 from tdpo_cli.errors import RequestError, first_line
-from tdpo_cli.models import adapter, lora_file, quantise
+from tdpo_cli.models import adapter, config_values, lora_file, quantise
 from tdpo_cli.models.embeddings import Embeddings
 from tdpo_cli.models.family import Family
 from tdpo_cli.models.policy import Policy
@@ -77,6 +77,7 @@ def load(
     module, _, name = entry.place.partition(":")
     dtype = DTYPES[model.dtype] if device.type != "cpu" else torch.float32
     family: Family = getattr(importlib.import_module(module), name).load(source, model, dtype, device)
+    config_values.bound_tokenizers(family.pipeline.components, source)
     if model.vae_tiling:
         family.pipeline.vae.enable_tiling()
     # a LoRA on the text encoders is not part of their files
@@ -275,6 +276,7 @@ def component(cls: type, source: str, subfolder: str, revision: str | None, **op
         variants = _variants(folder, cls) if network else _tokenizer_files(folder)
     if network:
         options |= {"output_loading_info": True}
+    config_values.check_file(cls, source, subfolder, revision)
     error: Exception | None = None
     for variant in variants:
         try:
@@ -339,6 +341,8 @@ def read_scheduler_config(source: str, revision: str | None) -> dict[str, Any]:
     if Path(source).is_dir() and not (folder / "scheduler_config.json").is_file():
         raise RequestError(f"{folder}: scheduler_config.json is missing. Copy or download the whole model folder.")
     try:
-        return dict(DDIMScheduler.load_config(source, subfolder="scheduler", revision=revision))
+        config = dict(DDIMScheduler.load_config(source, subfolder="scheduler", revision=revision))
     except (OSError, ValueError) as error:
         raise RequestError(f"{folder if Path(source).is_dir() else source}: cannot read its scheduler: {_reason(error)}.") from None
+    config_values.check(config, folder)
+    return config

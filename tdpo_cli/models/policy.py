@@ -133,7 +133,11 @@ class Policy:
         if compile:
             if not hasattr(network, "compile_repeated_blocks"):
                 raise RequestError("run.compile needs a newer diffusers: pip install -U diffusers, or --set run.compile=false.")
-            network.compile_repeated_blocks()
+            if getattr(network, "_repeated_blocks", None):
+                network.compile_repeated_blocks()
+            else:  # as of Stable Diffusion 3's transformer: diffusers does not name its blocks
+                for block in (block for child in network.children() if isinstance(child, nn.ModuleList) for block in child):
+                    block.compile()
 
     # --- weights --------------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Tensor]:

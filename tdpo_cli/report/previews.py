@@ -28,4 +28,4 @@ def strip(folder: Path) -> dict[str, Any] | None:
 
 def _epoch_of(file: Path) -> int | None:
     number = file.stem.removeprefix("epoch_")
-    return int(number) if number.isdigit() and number != file.stem else None
+    return int(number) if number.isascii() and number.isdigit() and number != file.stem else None

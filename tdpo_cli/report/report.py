@@ -19,6 +19,7 @@ from tdpo_cli.storage.run_dir import RunDir
 def run(folder: Path, out: Path | None, console: Console) -> dict[str, Any]:
     """Write the page, and say where it is and what it says. -> a summary for --json. Raises RequestError, WorkError."""
     report = write(folder, out)
+    _warn_of_damage(folder, console)
     console.say(f"{report['report']}: {size(report['bytes'])}, {report['epochs']} of {report['epochs_planned']} epochs")
     console.say(f"verdict: {report['verdict']['sentence']}")
     return report
@@ -47,6 +48,7 @@ def compare(folders: Sequence[Path], out: Path | None, console: Console) -> dict
     runs = []
     for folder, name in zip(folders, _short_names(folders), strict=True):
         preset, rows = _read(folder)
+        _warn_of_damage(folder, console)
         rises = {reward: verdict.rise(rows, reward) for reward in dict.fromkeys((preset.trained, *preset.rewards))}
         runs.append(compare_page.Run(name, preset, rows, verdict.read(rows, preset).as_dict(), rises))
     file = out or Path("comparison.html")
@@ -59,6 +61,13 @@ def compare(folders: Sequence[Path], out: Path | None, console: Console) -> dict
         "bytes": file.stat().st_size,
         "runs": [{"run": str(folder), "epochs": len(run.rows), "verdict": run.verdict} for folder, run in zip(folders, runs, strict=True)],
     }
+
+
+def _warn_of_damage(folder: Path, console: Console) -> None:
+    """What the page leaves out because it is not there any more."""
+    preset, rows = _read(folder)
+    for problem in RunDir(folder).missing(rows, previews=preset.run.preview_images > 0):
+        console.warn(f"{folder}: {problem}; the page goes without.")
 
 
 def _read(folder: Path) -> tuple[Preset, list[dict[str, Any]]]:

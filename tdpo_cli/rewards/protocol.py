@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from tdpo_cli.errors import RewardError
+from tdpo_cli.errors import RewardError, holds_password, without_secrets
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,12 +55,13 @@ def address(name: str) -> Address:
     try:
         parts = urlsplit(name)
         port = parts.port
-    except ValueError as error:
-        raise RewardError(f"reward {name!r} is not the address of a reward server ({error}): {expected}") from None
-    if parts.username is not None or parts.password is not None:
+        hides = parts.username is not None or parts.password is not None
+    except ValueError:  # its words may hold a part of the password
+        hides, parts = holds_password(name), None
+    if hides:
         raise RewardError(f"a reward's address holds no user or password, as it is written into files: {expected}")
-    if not _HOST.fullmatch(parts.hostname or "") or not _PATH.fullmatch(parts.path) or parts.query or parts.fragment:
-        raise RewardError(f"reward {name!r} is not the address of a reward server: {expected}")
+    if parts is None or not _HOST.fullmatch(parts.hostname or "") or not _PATH.fullmatch(parts.path) or parts.query or parts.fragment:
+        raise RewardError(f"reward {without_secrets(name)!r} is not the address of a reward server: {expected}")
     secure = parts.scheme.lower() == "https"
     return Address(name, secure, parts.hostname, port or (443 if secure else 80), parts.path)
 

@@ -13,6 +13,7 @@ import torch
 
 from tdpo_cli import models
 from tdpo_cli.console import Console
+from tdpo_cli.errors import WorkError
 from tdpo_cli.machine import memory, world
 from tdpo_cli.models.checkpoints import Source
 from tdpo_cli.models.policy import Policy
@@ -44,17 +45,22 @@ def run(request: SampleRequest, console: Console) -> dict[str, Any]:
     owned = disk.lock(out, "sampling") if team.is_main else None  # held to the end
     request.check()  # once more: another process may have finished in this folder meanwhile
     team.barrier()
+    owned = owned or disk.watch(out)
     with console.progress("sampling", len(mine) * how.steps) as advance:
         own = [texts[i] for i in mine]
         batches = generate(policy, own, mine, Randomness(request.seed, "sample"), how.guidance_scale, batch_size, advance, decode_chunk)
         for number, image in zip(mine, (image for batch in batches for image in batch), strict=True):
-            with disk.whole(out / names[number]) as aside:
+            disk.still_there(out, owned)
+            with disk.whole(out / names[number], inside=out) as aside:
                 grid.to_pil(image).save(aside, format="PNG")
     team.close()
     if team.is_main:
+        disk.still_there(out, owned)
+        if gone := [name for name in names if not (out / name).exists()]:
+            raise WorkError(f"{out}: {len(gone)} images were removed meanwhile, {gone[0]} among them; the same command makes them anew.")
         _write_grid(out, names, texts, request.per_prompt, title=f"{source.name}, seed {request.seed}")
         _write_list(out, names, texts, request.seed, request.per_prompt)
-        owned.close()
+    owned.close()
     console.say(f"{len(texts)} images of {len(request.prompts)} prompts in {out} (grid.png shows {min(len(texts), GRID_IMAGES)})")
     return {"out": str(out), "images": len(texts), "grid": str(out / "grid.png"), "source": source.name}
 
@@ -74,7 +80,7 @@ def _write_list(out: Path, names: Sequence[str], texts: Sequence[str], seed: int
     for number, (name, text) in enumerate(zip(names, texts, strict=True)):
         line = {"file_name": name, "text": text, "seed": seed, "sample": number, "image_of_prompt": number % per_prompt}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    disk.write_text(out / "metadata.jsonl", "".join(lines))
+    disk.write_text(out / "metadata.jsonl", "".join(lines), inside=out)
 
 
 def _write_grid(out: Path, names: Sequence[str], texts: Sequence[str], per_prompt: int, title: str) -> None:
@@ -82,7 +88,7 @@ def _write_grid(out: Path, names: Sequence[str], texts: Sequence[str], per_promp
         images = [outside.open_image(stack.enter_context(outside.open_regular(out / name))) for name in names[:GRID_IMAGES]]
         columns = per_prompt if 1 < per_prompt <= GRID_COLUMNS else min(len(images), GRID_COLUMNS)
         drawn = grid.draw(images, texts[: len(images)], columns, title=title)
-    with disk.whole(out / "grid.png") as aside:
+    with disk.whole(out / "grid.png", inside=out) as aside:
         drawn.save(aside, format="PNG")
 
 

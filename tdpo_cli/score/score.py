@@ -18,7 +18,7 @@ from tdpo_cli.score.captions import HOW, Item
 from tdpo_cli.score.listing import listed
 from tdpo_cli.score.request import ScoreRequest
 from tdpo_cli.score.score_file import ScoreFile
-from tdpo_cli.score.workers import Problem, Team, Work, team
+from tdpo_cli.score.workers import Problem, Team, Work, place_of, team
 
 BATCH_SIZE = {"cpu": 8, "cuda": 64}
 SHOWN_PROBLEMS = 20
@@ -29,6 +29,7 @@ def run(request: ScoreRequest, console: Console) -> dict[str, Any]:
     started = time.perf_counter()
     request.check()
     names, devices = request.names, _devices(request)
+    place = place_of(request.folder)
     pictures = captions.collect(request.folder, request.prompt, request.prompts, request.follow_links)
     items = pictures.items
     for note in pictures.notes:
@@ -37,7 +38,7 @@ def run(request: ScoreRequest, console: Console) -> dict[str, Any]:
     with ScoreFile.taken(request.out, request.folder.resolve().name, names) as file:
         batch_size = request.batch_size or BATCH_SIZE.get(devices[0].partition(":")[0], 8)
         paths = rewards.checkpoints(request.zoo, request.checkpoints)
-        work = Work(request.folder, names, paths, request.variant, request.dtype, devices, batch_size)
+        work = Work(request.folder, names, paths, request.variant, request.dtype, devices, batch_size, place)
         done, difference, problems = _fill(file, work, items, console)
         found = summary.summarise(file.read(), names)
     summary.show(found, console)

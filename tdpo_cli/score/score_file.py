@@ -10,9 +10,9 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from tdpo_cli.errors import RequestError, first_line
+from tdpo_cli.errors import RequestError, WorkError, first_line
 from tdpo_cli.storage import claims, disk, outside
 
 Row = dict[str, Any]  # image, prompt, then a number or None per reward
@@ -27,9 +27,10 @@ def check_suffix(path: Path) -> None:
 class ScoreFile:
     """Rows of `columns` in a .jsonl or .csv file, in the order of `names`. Use `taken` to write one."""
 
-    def __init__(self, path: Path, columns: Sequence[str]):
+    def __init__(self, path: Path, columns: Sequence[str], lock: IO[bytes] | None = None):
+        """lock: the file as it was when this process took it."""
         check_suffix(path)
-        self.path, self.columns = path, list(columns)
+        self.path, self.columns, self.lock = path, list(columns), lock
         self.meta_path = path.with_suffix(".meta.json")
 
     @classmethod
@@ -47,7 +48,7 @@ class ScoreFile:
                 lock = claims.own_file(path, "writing")
             with lock:
                 try:
-                    yield cls(path, columns)
+                    yield cls(path, columns, lock)
                 except BaseException:
                     if not os.fstat(lock.fileno()).st_size:
                         with contextlib.suppress(OSError):
@@ -68,7 +69,9 @@ class ScoreFile:
             return 0
 
     def append(self, rows: Sequence[Row]) -> None:
-        """Raises WorkError."""
+        """Raises WorkError, also where the file was removed or replaced: the rows before these would be missing."""
+        if self.lock is not None and not claims.is_open_as(self.lock, self.path):
+            raise WorkError(f"{self.path}: the file was removed, moved or replaced while it was written. The same command starts anew.")
         with disk.failures(self.path), open(self.path, "a", encoding="utf-8", newline="") as file:
             file.write("".join(map(self._line, rows)))
 

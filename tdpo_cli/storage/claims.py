@@ -31,7 +31,7 @@ def own_file(path: Path, doing: str, new: bool = False) -> IO[bytes]:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise RequestError(f"{path}: not a regular file.")
             _lock(file, path, doing)
-            if _is(file, path):
+            if is_open_as(file, path):
                 return file
         except BaseException:
             file.close()
@@ -48,7 +48,7 @@ def _lock(file: IO[bytes], path: Path, doing: str) -> None:
         raise RequestError(f"{path}: this file system cannot lock ({error.strerror}); choose another place.") from None
 
 
-def _is(file: IO[bytes], path: Path) -> bool:
+def is_open_as(file: IO[bytes], path: Path) -> bool:
     """Whether the open file still has that name."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import stat
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -56,39 +57,79 @@ def lock(folder: Path, doing: str) -> IO:
 
     doing: what a second process is told that the first is doing there. Raises RequestError.
     """
-    make(folder)
-    refuse_links(folder, [".lock"])
-    try:
-        file = os.fdopen(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | NOT_FOLLOWED, MODE), "rb", buffering=0)
-    except OSError as error:
-        raise RequestError(f"{folder}: cannot be written: {error.strerror}") from None
+    while True:
+        make(folder)
+        refuse_links(folder, [".lock"])
+        try:
+            file = os.fdopen(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | NOT_FOLLOWED, MODE), "rb", buffering=0)
+        except OSError as error:
+            raise RequestError(f"{folder}: cannot be written: {error.strerror}") from None
+        try:
+            _lock(file, folder, doing)
+            if is_locked_by(folder, file):
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # the folder was removed between the two calls
+
+
+def _lock(file: IO, folder: Path, doing: str) -> None:
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
         raise RequestError(f"{folder / '.lock'}: not a regular file.")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RequestError(f"{folder}: another tdpo process is {doing} in this folder.") from None
     except OSError as error:
-        file.close()
-        taken = isinstance(error, BlockingIOError)
-        reason = (
-            f"another tdpo process is {doing} in this folder" if taken else f"this file system cannot lock ({error.strerror}); choose another place"
+        raise RequestError(f"{folder}: this file system cannot lock ({error.strerror}); choose another place.") from None
+
+
+def watch(folder: Path, within: float = 40.0) -> IO | None:
+    """The lock of another process's folder, to compare with `still_there`; None where it is gone already.
+
+    within: seconds that a network disk may take to show what another machine has just made; NFS takes up to 30.
+    """
+    until = time.monotonic() + within
+    while True:
+        try:
+            return os.fdopen(os.open(folder / ".lock", os.O_RDONLY | NOT_FOLLOWED), "rb", buffering=0)
+        except OSError:
+            if time.monotonic() > until:
+                return None
+        time.sleep(0.2)
+
+
+def is_locked_by(folder: Path, lock: IO) -> bool:
+    """Whether the folder is still the one that was locked."""
+    try:
+        return os.path.samestat(os.stat(folder / ".lock", follow_symlinks=False), os.fstat(lock.fileno()))
+    except OSError:
+        return False
+
+
+def still_there(folder: Path, lock: IO | None) -> None:
+    """WorkError where the folder that was locked, or watched, was removed, moved or replaced."""
+    if lock is None or not is_locked_by(folder, lock):
+        raise WorkError(
+            f"{folder}: the folder was removed, moved or replaced while tdpo wrote into it. Nothing more is written there; "
+            "the same command starts anew."
         )
-        raise RequestError(f"{folder}: {reason}.") from None
-    return file
 
 
 # --- writing --------------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
-def whole(path: Path, shared: bool = False) -> Iterator[Path]:
+def whole(path: Path, shared: bool = False, inside: Path | None = None) -> Iterator[Path]:
     """A path beside `path` to write a file to, which becomes `path` at the end, or nothing does. Raises WorkError.
 
-    shared: other processes may write that file at the same time. Raises RequestError where `path` is a device, a pipe or a folder.
+    shared: other processes may write that file at the same time. inside: a folder that is not made anew if it is gone.
+    Raises RequestError where `path` is a device, a pipe or a folder.
     """
     if path.exists() and not path.is_file():
         raise RequestError(f"{path}: not a regular file, so it is not replaced. Choose another place.")
     aside = aside_of(path, f".{os.getpid()}" if shared else "")
     with failures(path), nothing_left(aside):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_below(inside, path.parent)
         remove(aside)  # what was left, or put there: a link would be followed
         yield aside
         aside.chmod(MODE)  # safetensors' own files are for their owner only
@@ -97,12 +138,23 @@ def whole(path: Path, shared: bool = False) -> Iterator[Path]:
         sync(path.parent)
 
 
-def write_text(path: Path, text: str, shared: bool = False) -> None:
-    write_bytes(path, text.encode("utf-8"), shared)
+def make_below(top: Path | None, folder: Path) -> None:
+    """The folder with its parents, but not `top`: who removes a folder that is written to must not get half of it back. Raises OSError."""
+    if top is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        return
+    place = top
+    for name in folder.relative_to(top).parts:
+        place /= name
+        place.mkdir(exist_ok=True)
 
 
-def write_bytes(path: Path, content: bytes, shared: bool = False) -> None:
-    with whole(path, shared) as aside:
+def write_text(path: Path, text: str, shared: bool = False, inside: Path | None = None) -> None:
+    write_bytes(path, text.encode("utf-8"), shared, inside)
+
+
+def write_bytes(path: Path, content: bytes, shared: bool = False, inside: Path | None = None) -> None:
+    with whole(path, shared, inside) as aside:
         aside.write_bytes(content)
 
 

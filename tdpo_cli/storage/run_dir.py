@@ -50,6 +50,11 @@ class RunDir:
             for leftover in place.glob(".*.tmp"):
                 disk.remove(leftover)
 
+    @property
+    def _top(self) -> Path | None:
+        """What is not made anew: the folder of a run that this process trains."""
+        return self.path if self._lock else None
+
     def refuse_links(self) -> None:
         """RequestError where a place that a run writes to is a link."""
         disk.refuse_links(self.path, (*FILES, *FOLDERS))
@@ -60,11 +65,7 @@ class RunDir:
         """WorkError where the folder that this process locked was removed, moved or replaced: nothing that is written there could be resumed."""
         if self._lock is None:
             return
-        try:
-            same = os.path.samestat(os.stat(self.path / ".lock", follow_symlinks=False), os.fstat(self._lock.fileno()))
-        except OSError:
-            same = False
-        if not same or not self.holds_a_run:
+        if not disk.is_locked_by(self.path, self._lock) or not self.holds_a_run:
             raise WorkError(f"{self.path}: the run folder was removed, moved or replaced while the run trained. Nothing more is written there.")
 
     def must_be_free(self) -> None:
@@ -180,20 +181,28 @@ class RunDir:
             wanted = [json.dumps(row) + "\n" for row in self.read_metrics() if row["epoch"] < first_epoch] if first_epoch else []
         disk.write_text(file, "".join(wanted))
 
+    def missing(self, rows: Sequence[dict[str, Any]], previews: bool) -> list[str]:
+        """What a page drawn from `rows` would silently lack: epochs that a state has, what the run ran on, whole previews of the epochs."""
+        found = []
+        for folder in epochs_in(self.path / "state")[-1:]:
+            kept, lines = _whole_lines(folder / "metrics.jsonl"), self._metric_lines()
+            if lost := sum(lines[i : i + 1] != [line] for i, line in enumerate(kept)):
+                found.append(f"metrics.jsonl: {lost} of {len(kept)} epochs are missing or differ from the copy in {folder.name}'s state")
+        if rows and not (self.path / "env.json").exists():
+            found.append("env.json is missing: what the run ran on is not known")
+        torn = [name for row in rows if not _is_whole_png(self.path / "images" / (name := f"{epoch_name(row['epoch'])}.png"))] if previews else []
+        if torn:
+            found.append(f"images: {len(torn)} previews are missing or damaged, {torn[0]} first")
+        return found
+
     def _metric_lines(self) -> list[str]:
-        file = self.path / "metrics.jsonl"
-        try:
-            # a flipped bit may be no UTF-8 any more: such a line is damaged, not the end of reading
-            text = disk.read_bytes(file).decode("utf-8", errors="replace")
-        except FileNotFoundError:
-            text = ""
-        return [line + "\n" for line in text.split("\n")[:-1]]  # behind the last newline: nothing, or a torn line
+        return _whole_lines(self.path / "metrics.jsonl")
 
     # --- images ---------------------------------------------------------------------------------------------------------
     def save_image(self, name: str, image: Any) -> None:
         """images/NAME, whole or not at all."""
         self.still_there()
-        with disk.whole(self.path / "images" / name) as aside:
+        with disk.whole(self.path / "images" / name, inside=self._top) as aside:
             image.save(aside, format="PNG")
 
     # --- state and checkpoints ------------------------------------------------------------------------------------------
@@ -271,7 +280,7 @@ class RunDir:
         aside = disk.aside_of(target)
         disk.remove(aside)
         with disk.failures(self.path), disk.nothing_left(aside):
-            aside.mkdir(parents=True)
+            disk.make_below(self._top, aside)
             yield aside
             files = sorted(path for path in aside.rglob("*") if path.is_file())
             for path in files:
@@ -314,6 +323,24 @@ class RunDir:
         for folder in folders:
             check_weights(folder, must_have_manifest=True)
         return folders
+
+
+def _whole_lines(file: Path) -> list[str]:
+    """The lines of a file that end; none where it is not there. Raises RequestError."""
+    try:
+        # a flipped bit may be no UTF-8 any more: such a line is damaged, not the end of reading
+        text = disk.read_bytes(file).decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    return [line + "\n" for line in text.split("\n")[:-1]]  # behind the last newline: nothing, or a torn line
+
+
+def _is_whole_png(file: Path) -> bool:
+    try:
+        content = disk.read_bytes(file)
+    except (FileNotFoundError, RequestError):
+        return False
+    return content.startswith(b"\x89PNG") and content.endswith(b"IEND\xaeB`\x82")
 
 
 def epoch_name(epoch: int) -> str:

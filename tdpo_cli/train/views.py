@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
 from tdpo_cli.config.preset import Preset
@@ -20,6 +20,9 @@ from tdpo_cli.models import loading
 from tdpo_cli.models.policy import Policy
 from tdpo_cli.randomness import Randomness
 from tdpo_cli.sampling.generate import denoise, encode
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderTiny
 
 FITTED = 16  # images that the projection is fitted on; each has as many equations as latent pixels
 
@@ -92,6 +95,8 @@ def make(policy: Policy, preset: Preset, prompts: Sequence[str], plan: Plan) -> 
 
 def tiny(policy: Policy, preset: Preset) -> Tiny:
     """Read model.tiny_vae. Raises RequestError if it is made for other latents."""
+    from diffusers import AutoencoderTiny
+
     half = loading.DTYPES[preset.model.dtype] if policy.device.type != "cpu" else torch.float32
     vae = loading.named_vae(AutoencoderTiny, "model.tiny_vae", preset.model.tiny_vae, half)
     way_out = "Name one that was made for this model, or use --set algorithm.critic_view=decode."

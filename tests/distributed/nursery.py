@@ -32,9 +32,13 @@ class Fork:
             for number, file in ((1, stdout), (2, stderr)):
                 if file is not None:
                     os.dup2(file.fileno(), number)
-            if start_new_session:
-                os.setsid()
-            os._exit(_live(command[1:], env))
+            code = 1
+            try:
+                if start_new_session:
+                    os.setsid()
+                code = _live(command[1:], env)
+            finally:
+                os._exit(code)  # whatever happens: the way up would lead through the launcher's own cleaning up
         os.close(read)
         self.stdin = os.fdopen(write, "wb")
 

@@ -211,9 +211,7 @@ def test_a_worker_that_torchrun_restarted_resumes(count, again, monkeypatch, tmp
 
 # --- workers that lose each other -----------------------------------------------------------------------------------------
 MEET = """
-import importlib
 from tdpo_cli.machine import world
-importlib.reload(world)  # reads TDPO_TIMEOUT; a fork has loaded it already
 here = world.current("cpu")
 assert (here.rank, here.size) == (rank, 2)
 """

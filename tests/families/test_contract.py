@@ -248,6 +248,19 @@ def test_prompts_longer_than_the_limit_are_named(case):
     assert case.base.longer_than_limit([SHORT, ""]) == []
 
 
+def test_prompts_that_cannot_be_longer_than_the_limit_are_not_tokenised(case, monkeypatch):
+    """A million of them took two minutes; each token has a letter at least, also where a word is unknown."""
+    family, seen = case.base.family, []
+    limit = family.prompt_limit
+    edge = ["q" * (limit - 4), " ".join("zxqj" * limit)[: limit - 4], "." * (limit - 4)]
+    assert family.longer_than_limit(edge) == []
+    assert all(len(ids) <= limit for ids in family.tokenizer(edge, verbose=False).input_ids)
+    monkeypatch.setattr(type(family), "prompt_limit", limit)  # some families ask their tokenizer
+    monkeypatch.setattr(type(family), "tokenizer", property(lambda self: lambda part, **more: seen.extend(part)))
+    family.longer_than_limit(edge)
+    assert seen == []
+
+
 def test_words_behind_the_limit_change_nothing(case):
     ends = case.base.encode([ENDLESS + "a cat", ENDLESS + "a dog"])
     assert all(part[0].equal(part[1]) for part in ends.parts.values())

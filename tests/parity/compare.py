@@ -2,17 +2,20 @@
 
     python tests/parity/compare.py .venv-parity/bin/python [full]
 
+Theirs run in their own environment behind HTTP (upstream.py) and are asked as every reward at an address is; ours run here.
 `full`: the published sizes, from specs beside the project ($TDPO_SHARED or ../shared); takes 12 GB of memory and disk.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import json
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -39,13 +42,19 @@ def main(upstream_python: str, size: str = "reduced") -> int:
         recipe.ORACLE = HERE / "specs"  # the weight recipe reads its key lists there
     elif not recipe.ORACLE.is_dir():
         raise SystemExit(f"compare.py: the full-size specs are not in {recipe.ORACLE}; set TDPO_SHARED")
-    print(f"{'reward':12s} {'scores':>6s} {'spread':>8s} {'largest difference':>19s} {'allowed':>8s}")
+    os.environ.setdefault("TDPO_REWARD_TIMEOUT", "1800")  # one full-size hpsv2 score loads its checkpoint anew
+    print(f"{'reward':12s} {'scores':>6s} {'spread':>8s} {'largest difference':>19s} {'allowed':>8s} upstream")
     failed = False
     for reward, allowed in TOLERANCE.items():
         with tempfile.TemporaryDirectory() as name:
-            pairs = _write(Path(name), reward, size)
-            spread, difference = _compare(reward, Path(name), pairs, upstream_python)
-        print(f"{reward:12s} {len(pairs):6d} {spread:8.3f} {difference:19.1e} {allowed:8.0e}", flush=True)
+            folder = Path(name)
+            pairs = _write(folder, reward, size)
+            with served(upstream_python, reward, folder / reward) as theirs:
+                expected = _scores(theirs, folder / "images", pairs)
+            ours = rewards.load(reward, Backbones(), checkpoint=str(folder / reward), variant="package")
+            difference = float(np.abs(np.subtract(_scores(ours, folder / "images", pairs), expected)).max())
+        columns = f"{reward:12s} {len(pairs):6d} {np.std(expected):8.3f} {difference:19.1e} {allowed:8.0e}"
+        print(f"{columns} {theirs.describe()['version']}", flush=True)
         failed |= not difference <= allowed
     return int(failed)
 
@@ -60,9 +69,7 @@ def _write(folder: Path, reward: str, size: str) -> list[tuple[str, str]]:
     names = [f"{width}x{height}.png" for width, height in SIZES]
     for name, (width, height) in zip(names, SIZES, strict=True):
         _image(width, height).save(folder / "images" / name)
-    pairs = list(itertools.product(names, PROMPTS)) if size == "reduced" else list(zip(names, itertools.cycle(PROMPTS)))
-    (folder / "pairs.json").write_text(json.dumps(pairs))
-    return pairs
+    return list(itertools.product(names, PROMPTS)) if size == "reduced" else list(zip(names, itertools.cycle(PROMPTS)))
 
 
 def _image(width: int, height: int) -> Image.Image:
@@ -72,18 +79,30 @@ def _image(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.stack([x * 255 // width, rings, (x // 7 + y // 5) % 2 * 255], axis=2).astype(np.uint8))
 
 
-def _compare(reward: str, folder: Path, pairs: list[tuple[str, str]], upstream_python: str) -> tuple[float, float]:
-    """(standard deviation of upstream's scores, largest |ours - upstream's|)"""
-    done = subprocess.run([upstream_python, HERE / "upstream.py", folder], check=False, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"compare.py: the upstream code failed on {reward}:\n{done.stderr}")
-    expected = json.loads((folder / "upstream.json").read_text())[reward]
-    scorer = rewards.load(reward, Backbones(), checkpoint=str(folder / reward), variant="package")
-    ours = []
+@contextlib.contextmanager
+def served(python: str, reward: str, checkpoint: Path, program: Path = HERE / "upstream.py") -> Iterator[rewards.Reward]:
+    """The upstream reward as a client sees it, while its server runs."""
+    with tempfile.TemporaryFile() as said:
+        server = subprocess.Popen([python, program, reward, checkpoint], stdout=subprocess.PIPE, stderr=said, text=True)
+        try:
+            address = next((line.strip() for line in server.stdout if line.startswith("http://")), None)  # packages print, too
+            if address is None:
+                said.seek(0)
+                raise SystemExit(f"compare.py: the upstream code failed on {reward}:\n{said.read().decode(errors='replace')}")
+            yield rewards.load(address, Backbones())
+        finally:
+            server.kill()
+            server.wait()
+            server.stdout.close()
+
+
+def _scores(reward: rewards.Reward, images: Path, pairs: list[tuple[str, str]]) -> list[float]:
+    """One at a time, of the pixels as they are: nothing is resized or rounded on the way."""
+    scores = []
     for name, prompt in pairs:
-        pixels = torch.from_numpy(np.array(Image.open(folder / "images" / name)))
-        ours.append(scorer.score(pixels.permute(2, 0, 1)[None] / 255, [prompt]).item())
-    return float(np.std(expected)), float(np.abs(np.subtract(ours, expected)).max())
+        pixels = torch.from_numpy(np.array(Image.open(images / name)))
+        scores.append(reward.score(pixels.permute(2, 0, 1)[None] / 255, [prompt]).item())
+    return scores
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
-"""Scores by the upstream packages' own code: `python upstream.py FOLDER` reads what compare.py wrote there.
+"""The upstream packages' own code behind HTTP: `python upstream.py REWARD FOLDER` serves the checkpoint that compare.py wrote there.
 
-Runs in .venv-parity, where tdpo is not installed. The packages build full-size networks from fixed names; their own
-classes are built here in the sizes of the synthetic checkpoints instead. Nothing else of theirs is replaced.
+Prints the address in one line once the networks are loaded, and answers until it is ended. Runs in .venv-parity, where tdpo
+is not installed. The packages build full-size networks from fixed names; their own classes are built here in the sizes of the
+synthetic checkpoints instead. Nothing else of theirs is replaced.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -18,8 +21,12 @@ warnings.filterwarnings("ignore")
 
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
+from server import server  # noqa: E402
 
-Score = Callable[[str, str], float]  # (image file, prompt) -> score
+Score = Callable[[Image.Image, str], float]
+PACKAGES = {
+    "hpsv2": ("hpsv2",), "imagereward": ("image-reward",), "aesthetic": ("image-reward", "openai-clip"), "pickscore": ("transformers",),
+}  # fmt: skip
 
 
 def hpsv2(folder: Path) -> Score:
@@ -72,7 +79,13 @@ def aesthetic(folder: Path) -> Score:
     model = AestheticScore(download_root=None, device="cpu")
     model.mlp.load_state_dict(torch.load(folder / "sac+logos+ava1-l14-linearMSE.pth", map_location="cpu"))
     model.eval()
-    return lambda image, prompt: model.score(prompt, image)
+
+    def score(image: Image.Image, prompt: str) -> float:
+        file = io.BytesIO()  # it opens files only; PNG loses nothing
+        image.save(file, format="PNG")
+        return model.score(prompt, file)
+
+    return score
 
 
 @torch.no_grad()
@@ -83,9 +96,9 @@ def pickscore(folder: Path) -> Score:
     model, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
 
     @torch.no_grad()
-    def score(image: str, prompt: str) -> float:
+    def score(image: Image.Image, prompt: str) -> float:
         cut = {"padding": True, "truncation": True, "max_length": 77, "return_tensors": "pt"}
-        image_embs = model.get_image_features(**processor(images=Image.open(image).convert("RGB"), **cut))
+        image_embs = model.get_image_features(**processor(images=image, **cut))
         image_embs = image_embs / torch.norm(image_embs, dim=-1, keepdim=True)
         text_embs = model.get_text_features(**processor(text=prompt, **cut))
         text_embs = text_embs / torch.norm(text_embs, dim=-1, keepdim=True)
@@ -122,18 +135,18 @@ def openai_layout(state: dict[str, torch.Tensor], config: dict) -> dict[str, tor
     return made | {f"{key}.{kind}": state[f"{name}.{kind}"] for key, name in norms.items() for kind in ("weight", "bias")}
 
 
-def main(folder: Path) -> None:
-    """Write upstream.json: reward -> the scores of pairs.json, in order."""
+def main(reward: str, folder: Path) -> None:
+    """Serve one reward."""
     torch.set_num_threads(1)
-    pairs = json.loads((folder / "pairs.json").read_text())
-    scores = {}
-    for scorer in (aesthetic, pickscore, hpsv2, imagereward):
-        if not (folder / scorer.__name__).is_dir():
-            continue
-        score = scorer(folder / scorer.__name__)
-        scores[scorer.__name__] = [score(str(folder / "images" / image), prompt) for image, prompt in pairs]
-    (folder / "upstream.json").write_text(json.dumps(scores))
+    score = {"aesthetic": aesthetic, "pickscore": pickscore, "hpsv2": hpsv2, "imagereward": imagereward}[reward](folder)
+    called = ", ".join(f"{package} {version(package)}" for package in PACKAGES[reward])
+    answers = server(
+        lambda pixels, width, height, prompt: score(Image.frombytes("RGB", (width, height), pixels), prompt),
+        f"/{reward}", called, needs_prompt=reward != "aesthetic",
+    )  # fmt: skip
+    print(f"http://127.0.0.1:{answers.server_port}/{reward}", flush=True)
+    answers.serve_forever()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve())
+    main(sys.argv[1], Path(sys.argv[2]).resolve())

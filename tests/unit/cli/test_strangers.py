@@ -9,13 +9,14 @@ import pytest
 import tiny
 import torch
 from helpers import make_preset, tdpo
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tdpo_cli import models, rewards
 from tdpo_cli.config import preset as presets
 from tdpo_cli.console import Console, printable
-from tdpo_cli.errors import RequestError, RewardError, WorkError
-from tdpo_cli.machine import launch, memory
+from tdpo_cli.errors import LostPeer, RequestError, RewardError, WorkError
+from tdpo_cli.machine import launch, memory, world
 from tdpo_cli.models import checkpoints, lora_file
 from tdpo_cli.rewards.custom import FunctionReward
 from tdpo_cli.storage import disk
@@ -179,6 +180,31 @@ def test_a_damaged_file_of_a_run_is_named(name, content, run):
     (run / name).write_bytes(content)
     message = refused("report", "run")
     assert name in message and "damaged" in message
+
+
+def test_a_report_names_what_it_lacks(run):
+    def warnings():
+        outcome = tdpo("report", run)
+        assert outcome.status == 0, outcome.err
+        return [line for line in outcome.err.splitlines() if line.startswith("warning")]
+
+    edit(run, "run", preview_images=1)
+    (run / "images").mkdir(exist_ok=True)
+    for epoch in (0, 1):
+        Image.new("RGB", (8, 8)).save(run / f"images/epoch_000{epoch}.png")
+    assert warnings() == []
+    (run / "env.json").unlink()
+    (run / "images/epoch_0001.png").write_bytes((run / "images/epoch_0001.png").read_bytes()[:-4])
+    (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text()[:-40])  # a torn line does not count
+    assert warnings() == [
+        f"warning: {run}: metrics.jsonl: 1 of 2 epochs are missing or differ from the copy in epoch_0001's state; the page goes without.",
+        f"warning: {run}: env.json is missing: what the run ran on is not known; the page goes without.",
+    ]
+    shutil.copy(run / "state/epoch_0001/metrics.jsonl", run)
+    assert "images: 1 previews are missing or damaged, epoch_0001.png first" in warnings()[1]
+    (run / "images/epoch_\u00b2.png").touch()  # a digit to Python, but no number
+    (run / "state/epoch_\u00b2").mkdir()
+    assert len(warnings()) == 2
 
 
 @pytest.mark.parametrize("value", [["x"], 3, None])
@@ -365,6 +391,44 @@ def test_processes_without_numbers_are_refused(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(RequestError, match="WORLD_SIZE=abc: expected a whole number"):
         launch.check_environment()
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["http://user:SECRET@host/x", "HTTP://SECRET@host/x", "http://u:SECRET@host:99999/x", "https://u:SECRET@[bad/x", "http://u:SEC/RET@host/x"],
+)
+def test_a_password_in_an_address_is_neither_written_nor_printed(address, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures/a.png")
+    (tmp_path / "p.toml").write_text(f'[reward]\nwatch = ["{address}"]\n')
+    (tmp_path / "m.toml").write_text(f'[reward.checkpoints]\n"{address}" = "x"\n')
+    for command in (
+        ("score", "pictures", "--rewards", address), ("train", "--preset", "quickstart", "--set", f"reward.train={address}", "--out", "run"),
+        ("train", "--preset", "p.toml", "--out", "run"), ("presets", "p.toml"), ("presets", "m.toml"), ("cross-eval", "base", "--rewards", address),
+        ("serve", address),
+    ):  # fmt: skip
+        message = refused(*command)
+        assert "holds no user or password" in message and "SEC" not in message and "RET" not in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.toml", "p.toml", "pictures"]
+    assert printable("no answer from http://user:SECRET@host/x, http://host/model@v2") == "no answer from http://***@host/x, http://host/model@v2"
+    assert rewards.check_name("http://host/model@v2") is None
+
+
+@pytest.mark.parametrize("text", ["abc", "0", "-1", "nan", ""])
+def test_a_time_to_wait_that_is_no_number_of_minutes_is_named(text, monkeypatch):
+    monkeypatch.setenv("TDPO_TIMEOUT", text)
+    message = refused("train", "--preset", "quickstart", "--processes", 2)
+    assert message == f"TDPO_TIMEOUT={text}: expected a number of minutes, above 0.\n"
+
+
+def test_a_port_that_is_taken_is_named(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    meet = "another program uses 127.0.0.1:29500, where the processes meet"
+    with pytest.raises(WorkError, match=meet) as caught, world._exchange("the first greetings"):
+        raise torch.distributed.DistNetworkError("The server socket has failed to listen on any local network address. ... code: -98, EADDRINUSE")
+    assert not isinstance(caught.value, LostPeer)
 
 
 @pytest.mark.slow

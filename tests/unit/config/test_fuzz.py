@@ -11,6 +11,7 @@ import pytest
 
 from tdpo_cli.config import preset as presets
 from tdpo_cli.config import prompts
+from tdpo_cli.cross_eval.folder import Folder
 from tdpo_cli.errors import RequestError
 from tdpo_cli.storage.run_dir import Manifest, RunDir
 
@@ -149,7 +150,20 @@ def test_mutated_run_folders_are_read_or_refused(count, tmp_path, shipped):
         "metrics.jsonl": row,
         "manifest.json": {"epoch": 3, "preset": "0" * 64, "settings": "1" * 64, "files": {"state.pt": "2" * 64}},
     }
+    sampling = {
+        "base": "sandbox", "revision": None, "dtype": "fp32", "start_from": "run/checkpoints/epoch_0001", "resolution": [64, 64], "steps": 4,
+        "guidance_scale": 5.0, "noise": None, "negative_prompt": "",
+    }  # fmt: skip
+    model = {
+        "name": "run/epoch_0001", "base": "base", "run": "run", "epoch": 1, "group": "run", "algorithm": "tdpo", "trained_reward": "gold",
+        "reward_queries": 8, "updates": 2, "sampling": sampling, "sha256": {"a": "0"}, "weights": {"gold": 1.0}, "constraints": ["safety"],
+    }  # fmt: skip
+    whole["request.json"] = {"seed": 0, "per_prompt": 2, "batch_size": 4, "prompts": ["a", "b"], "rewards": {"gold": None}, "models": [model]}
+    whole["parts/base/00000.json"] = {"scores": {"gold": [[1.0, None], [0.5, 2]]}, "distances": [0.1, 0.2]}
+    (tmp_path / "parts/base").mkdir(parents=True)
+    folder = Folder(tmp_path)
     readers = {
+        "request.json": folder.read_request, "parts/base/00000.json": lambda: folder.read_parts("base", whole["request.json"], 2),
         "preset.json": run.read_preset, "env.json": run.read_environments, "metrics.jsonl": lambda: run.read_metrics(["gold"]),
         "manifest.json": lambda: Manifest.read(tmp_path),
     }  # fmt: skip

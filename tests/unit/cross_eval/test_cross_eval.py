@@ -21,6 +21,8 @@ from tdpo_cli.config import prompts
 from tdpo_cli.console import Console
 from tdpo_cli.cross_eval import result
 from tdpo_cli.cross_eval.candidates import Model, Sampling
+from tdpo_cli.cross_eval.folder import Folder
+from tdpo_cli.errors import RequestError
 from tdpo_cli.models.checkpoints import Checkpoint
 from tdpo_cli.overoptimisation import statistics
 from tdpo_cli.report import cross_eval_page as page
@@ -207,6 +209,91 @@ def test_every_image_has_its_own_noise_and_another_seed_other_images(evaluated, 
     assert len(set(own.values())) == len(own)
     assert tdpo("cross-eval", "base", "--preset", "tiny.toml", *QUICK[:-1], 4, "--out", place / "seed-4").status == 0
     assert not set(pictures(place / "seed-4/images/base").values()) & set(own.values())
+
+
+# --- a folder that is damaged, or a stranger's ----------------------------------------------------------------------------
+@pytest.fixture
+def foreign(evaluated, place):
+    """A copy to change; `edit(request)` changes its request.json."""
+    folder = place / "foreign"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(evaluated, folder)
+
+    def edit(change):
+        file = folder / "request.json"
+        request = json.loads(file.read_text())
+        change(request)
+        file.write_text(json.dumps(request))
+
+    return folder, edit
+
+
+@pytest.mark.parametrize("name", ["../../elsewhere", "a/../../b", "/tmp/elsewhere", "", "a\nb", 3, None])
+def test_a_model_name_that_leaves_the_folder_is_refused(run, foreign, name):
+    folder, edit = foreign
+    edit(lambda request: request["models"].append({**request["models"][0], "name": name}))
+    (folder / "cross_eval.json").unlink()
+    message = refused(run, *QUICK, "--out", folder)
+    assert "request.json: damaged: " in message and "Choose another --out." in message
+
+
+@pytest.mark.parametrize("change", [{"models": []}, {"models": [5]}, {"models": None}, {"batch_size": "4"}, {"batch_size": 0}])
+def test_a_request_that_is_none_is_refused(run, foreign, change):
+    folder, edit = foreign
+    edit(lambda request: request.update(change))
+    assert "request.json: damaged: " in refused(run, *QUICK, "--out", folder)
+
+
+@pytest.mark.parametrize("name", ["images", "images/run/epoch_0000", "cross_eval.csv", "request.json"])
+def test_nothing_is_written_through_a_link_in_the_folder(run, foreign, place, name):
+    folder, _ = foreign
+    shutil.move(folder / name, place / "target")
+    (folder / name).symlink_to(place / "target")
+    before = {path: path.read_bytes() for path in (place / "target").rglob("*.png")}
+    assert f"{folder / name}: a link to {place / 'target'}" in refused(run, *QUICK, "--quiet", "--out", folder)
+    assert {path: path.read_bytes() for path in before} == before
+    shutil.rmtree(place / "target") if (place / "target").is_dir() else (place / "target").unlink()
+
+
+def test_only_the_cards_of_checkpoints_that_are_named_are_written(run, foreign, place):
+    """The folder's own request does not decide what is written."""
+    folder, edit = foreign
+    other = shutil.copytree(run, place / "other", dirs_exist_ok=True) / "checkpoints/epoch_0001"
+    card = (other / "README.md").read_bytes()
+
+    def point_elsewhere(request):
+        entry = request["models"][-1]
+        request["models"].append({**entry, "name": "third", "sampling": {**entry["sampling"], "start_from": str(other)}})
+
+    edit(point_elsewhere)
+    result = content(folder)
+    result["models"].append({**result["models"][-1], "name": "third"})
+    (folder / "cross_eval.json").write_text(json.dumps(result))
+    before = (run / "checkpoints/epoch_0001/README.md").read_bytes()
+    assert tdpo("cross-eval", run, *QUICK, "--quiet", "--out", folder).status == 0
+    assert (other / "README.md").read_bytes() == card and (run / "checkpoints/epoch_0001/README.md").read_bytes() == before
+
+
+@pytest.mark.parametrize("change", [{"models": [5]}, {"runs": {"a": 1}}, {"rewards": None}, {"matrix": 3}])
+def test_a_result_that_cannot_be_drawn_is_named(run, foreign, change):
+    folder, _ = foreign
+    (folder / "cross_eval.json").write_text(json.dumps({**content(folder), **change}))
+    message = tdpo("cross-eval", run, *QUICK, "--quiet", "--out", folder)
+    assert message.status == 2 and "cross_eval.json: damaged: " in message.err and "Traceback" not in message.err
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"scores": {"gold": [[1, 2], [3, 4]]}, "distances": null}', '{"scores": 5, "distances": null}'])
+def test_a_damaged_part_is_named(tmp_path, text):
+    folder = Folder(tmp_path)
+    folder.write_part("base", 0, {"scores": {"a": [[1.0], [None]]}, "distances": [0.5, 0.25]})
+    task = {"prompts": ["x", "y"], "rewards": {"a": None}, "per_prompt": 1}
+    assert folder.read_parts("base", task, 2)[0]["distances"] == [0.5, 0.25]
+    folder.part("base", 0).write_text(text)
+    with pytest.raises(RequestError, match="00000.json: damaged: .*Remove it: the same command makes it anew"):
+        folder.read_parts("base", task, 2)
+    folder.part("base", 0).unlink()
+    with pytest.raises(RequestError, match="00000.json: gone"):
+        folder.read_parts("base", task, 2)
 
 
 # --- going on -------------------------------------------------------------------------------------------------------------

@@ -246,6 +246,32 @@ def test_an_unknown_prediction_type_is_refused():
 
 
 # --- wrong and incomplete folders ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "part, key, value",
+    [
+        ("unet", "sample_size", "x"), ("unet", "sample_size", [32]), ("unet", "sample_size", -1), ("unet", "sample_size", 10**7),
+        ("scheduler", "num_train_timesteps", 0), ("scheduler", "num_train_timesteps", 10**12), ("scheduler", "timestep_spacing", 3),
+        ("vae", "scaling_factor", "x"), ("vae", "scaling_factor", float("nan")), ("tokenizer", "model_max_length", 0),
+        ("tokenizer", "model_max_length", "x"),
+    ],
+)  # fmt: skip
+def test_a_number_that_no_model_has_is_named(folder, part, key, value):
+    edit(folder / part / {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}.get(part, "config.json"), **{key: value})
+    with pytest.raises(RequestError, match=f"{part}: .*{key}|{part}: does not load"):
+        load(folder)
+
+
+def test_attention_that_is_a_program_from_a_hub_is_refused(folder):
+    edit(folder / "text_encoder/config.json", attn_implementation="someone/kernel")
+    with pytest.raises(RequestError, match="names a program from a hub, 'someone/kernel'"):
+        load(folder)
+
+
+def test_a_tokenizer_without_a_limit_gets_its_text_encoders(folder, expected):
+    edit(folder / "tokenizer/tokenizer_config.json", model_max_length=10**30)  # as transformers writes it where none is set
+    assert_same(outputs(load(folder)), expected)
+
+
 def truncate(file):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 

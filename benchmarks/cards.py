@@ -13,7 +13,7 @@ import json
 from typing import Any
 
 from tdpo_cli.config import preset as presets
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.settings import Preset
 from tdpo_cli.console import size
 from tdpo_cli.machine import memory
 

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tdpo_cli.cli import app
 from tdpo_cli.config import preset as presets
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.settings import Preset
 from tdpo_cli.machine import memory
 from tdpo_cli.machine.world import World
 from tdpo_cli.train.metrics import peak_memory

@@ -19,7 +19,7 @@ from huggingface_hub import constants
 from packaging.requirements import Requirement
 
 from tdpo_cli.config import preset as presets
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.settings import Preset
 from tdpo_cli.console import Console, size
 from tdpo_cli.errors import WorkError
 from tdpo_cli.machine import memory

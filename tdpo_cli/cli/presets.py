@@ -17,9 +17,10 @@ def list_or_show(
 ) -> None:
     """List the presets, or show one."""
     from tdpo_cli.config import preset as presets
+    from tdpo_cli.config.settings import describe
 
     if keys:
-        rows = [{"key": key, "type": kind, "default": default, "meaning": doc} for key, kind, default, doc in presets.describe()]
+        rows = [{"key": key, "type": kind, "default": default, "meaning": doc} for key, kind, default, doc in describe()]
         if json_:
             return print(json.dumps(rows))
         width = max(len(row["key"]) for row in rows)

@@ -10,6 +10,7 @@ from typing import Any
 from tdpo_cli import rewards
 from tdpo_cli.config import preset as presets
 from tdpo_cli.config import prompts
+from tdpo_cli.config.settings import RESUMABLE
 from tdpo_cli.console import Console, duration, significant, size
 from tdpo_cli.errors import RequestError
 from tdpo_cli.machine import launch
@@ -63,10 +64,10 @@ def _resumed(out: Path, preset: str | None, overrides: list[tuple[str, Any]]) ->
     differences = [
         f"  {key}: the run has {json.dumps(old)}, asked for {json.dumps(new)}"
         for key, old, new in presets.differences(recorded, wanted)
-        if key not in presets.RESUMABLE
+        if key not in RESUMABLE
     ]
     if differences:
-        raise RequestError(f"{out}: a resumed run keeps its preset (only {', '.join(presets.RESUMABLE)} may change):\n" + "\n".join(differences))
+        raise RequestError(f"{out}: a resumed run keeps its preset (only {', '.join(RESUMABLE)} may change):\n" + "\n".join(differences))
     return wanted
 
 

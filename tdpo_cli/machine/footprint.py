@@ -5,7 +5,7 @@ All of it is prediction, from what `counting` counts in the networks that `netwo
 
 from __future__ import annotations
 
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.settings import Preset
 from tdpo_cli.machine.counting import Networks
 from tdpo_cli.machine.networks import networks
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.settings import Preset
 from tdpo_cli.console import size
 from tdpo_cli.errors import RequestError
 from tdpo_cli.machine import footprint

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.settings import Preset
 from tdpo_cli.machine.counting import Networks, counted, counted_transformer
 from tdpo_cli.machine.published import SD1_PARAMETERS, SD1_UNET, SD1_VAE, SDXL_PARAMETERS, SDXL_UNET, SDXL_VAE, TRANSFORMERS
 from tdpo_cli.sandbox import EMBEDDED, ZOO, is_embedded

@@ -15,7 +15,7 @@ from tdpo_cli.errors import RequestError, first_line
 from tdpo_cli.sandbox import EMBEDDED, ZOO
 
 if TYPE_CHECKING:
-    from tdpo_cli.config.preset import Model
+    from tdpo_cli.config.settings import Model
     from tdpo_cli.models.policy import Policy
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from tdpo_cli import models
-from tdpo_cli.config.preset import Model
+from tdpo_cli.config.settings import Model
 from tdpo_cli.console import size
 from tdpo_cli.errors import RequestError, WorkError, first_line
 from tdpo_cli.models.embedding_store import Damaged, Store

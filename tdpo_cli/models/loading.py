@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tdpo_cli import models
-from tdpo_cli.config.preset import Model
+from tdpo_cli.config.settings import Model
 from tdpo_cli.errors import RequestError, first_line
 from tdpo_cli.models import adapter, config_values, lora_file, quantise
 from tdpo_cli.models.embeddings import Embeddings

@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.settings import Preset
 from tdpo_cli.overoptimisation.verdict import standardised
 from tdpo_cli.report.charts import OTHERS, Chart, Rows, Series, column, line_chart
 from tdpo_cli.report.html import page

@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.settings import Preset
 from tdpo_cli.report.charts import OTHERS, PLAIN, Chart, Rows, Series, column, line_chart
 from tdpo_cli.report.numbers import finite, known, share, short
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tdpo_cli import __version__
-from tdpo_cli.config.preset import Model, Preset
+from tdpo_cli.config.settings import Model, Preset
 from tdpo_cli.errors import WorkError
 from tdpo_cli.models import T5
 from tdpo_cli.models.lora_file import FILE as LORA_FILE

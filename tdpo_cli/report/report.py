@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.settings import Preset
 from tdpo_cli.console import Console, size
 from tdpo_cli.errors import RequestError
 from tdpo_cli.overoptimisation import verdict

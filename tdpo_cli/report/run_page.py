@@ -10,8 +10,7 @@ from typing import Any, Protocol
 
 from markupsafe import Markup
 
-from tdpo_cli.config import preset as presets
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.settings import Preset, describe
 from tdpo_cli.console import duration
 from tdpo_cli.report import health, previews
 from tdpo_cli.report.charts import Chart, Rows, Series, column, line_chart
@@ -126,7 +125,7 @@ def _settings(preset: Preset) -> list[list[str]]:
     now, default = preset.as_dict(), Preset().as_dict()
     return [
         [Markup("{}<small>{}</small>").format(key, meaning), _setting(now[section][name]), _setting(default[section][name])]
-        for key, _, _, meaning in presets.describe()
+        for key, _, _, meaning in describe()
         for section, _, name in [key.partition(".")]
         if now[section][name] != default[section][name]
     ]

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.settings import Preset
 from tdpo_cli.machine import footprint, memory
 from tdpo_cli.machine.measure import Counter, Need, measure
 from tdpo_cli.machine.networks import networks

@@ -9,7 +9,7 @@ from typing import Any
 
 from tdpo_cli.algorithms import ALGORITHMS
 from tdpo_cli.config import prompts
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.settings import Preset
 from tdpo_cli.console import Console, duration, significant, size
 from tdpo_cli.errors import RequestError
 from tdpo_cli.machine import memory

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tdpo_cli.algorithms.critic import Critic
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.settings import Preset
 from tdpo_cli.errors import WorkError
 from tdpo_cli.machine.memory import Plan
 from tdpo_cli.machine.transfer import room, send

@@ -14,7 +14,7 @@ from tdpo_cli.algorithms.base import Algorithm
 from tdpo_cli.algorithms.combination import Combination
 from tdpo_cli.algorithms.critic import Critic
 from tdpo_cli.config import prompts
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.settings import Preset
 from tdpo_cli.errors import RequestError
 from tdpo_cli.machine import memory, sharding
 from tdpo_cli.machine.world import World, may_download

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from tdpo_cli import __version__
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.settings import Preset
 from tdpo_cli.console import Console, size
 from tdpo_cli.errors import RequestError, WorkError, first_line
 from tdpo_cli.machine import measure, memory, signals

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.settings import Preset
 from tdpo_cli.errors import RequestError, WorkError
 from tdpo_cli.machine.memory import Plan
 from tdpo_cli.machine.transfer import send

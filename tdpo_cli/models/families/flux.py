@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from tdpo_cli.config.preset import Model
+from tdpo_cli.config.settings import Model
 from tdpo_cli.models.family import FlowFamily
 from tdpo_cli.models.loading import grid_of, read_pipeline, read_scheduler_config, without_overflow
 from tdpo_cli.types import Conditioning

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor
 
-from tdpo_cli.config.preset import Model
+from tdpo_cli.config.settings import Model
 from tdpo_cli.models.family import FlowFamily, tokens_before_prompt
 from tdpo_cli.models.loading import grid_of, read_pipeline, read_scheduler_config, without_overflow
 from tdpo_cli.types import Conditioning

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from tdpo_cli.config.preset import Model
+from tdpo_cli.config.settings import Model
 from tdpo_cli.errors import RequestError
 from tdpo_cli.models import T5
 from tdpo_cli.models.family import FlowFamily

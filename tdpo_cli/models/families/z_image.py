@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tdpo_cli.config.preset import Model
+from tdpo_cli.config.settings import Model
 from tdpo_cli.models.family import FlowFamily, tokens_before_prompt
 from tdpo_cli.models.loading import grid_of, read_pipeline, read_scheduler_config, without_overflow
 from tdpo_cli.types import Conditioning

@@ -25,6 +25,7 @@ from tdpo_cli.algorithms.combination import Combination
 from tdpo_cli.algorithms.critic import Critic
 from tdpo_cli.config import preset as presets
 from tdpo_cli.config import prompts
+from tdpo_cli.config.settings import describe
 from tdpo_cli.console import Console
 from tdpo_cli.errors import RequestError, WorkError
 from tdpo_cli.machine import memory
@@ -760,7 +761,7 @@ def test_option_outside_the_mathematics(check, request):
 
 
 def test_every_option_of_the_preset_is_in_a_table():
-    declared = {key for key, _, _, _ in presets.describe()}
+    declared = {key for key, _, _, _ in describe()}
     assert declared == CHANGES_THE_RUN.keys() | ELSEWHERE.keys()
     assert not CHANGES_THE_RUN.keys() & ELSEWHERE.keys()
 
@@ -769,7 +770,7 @@ def test_every_option_of_the_preset_is_in_a_table():
 def test_every_choice_of_an_option_is_tried(key):
     """All values of a closed list, the default (or the base run's) among them."""
     section, name = key.split(".")
-    kind = next(kind for known, kind, _, _ in presets.describe() if known == key)
+    kind = next(kind for known, kind, _, _ in describe() if known == key)
     if " | " not in kind or key == "algorithm.critic_init_std":
         return
     choices = {

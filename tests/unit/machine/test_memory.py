@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from tdpo_cli.config import preset as presets
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.settings import Preset
 from tdpo_cli.errors import RequestError
 from tdpo_cli.machine import counting, footprint, memory, published
 from tdpo_cli.machine.networks import guessed, networks

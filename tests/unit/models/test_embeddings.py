@@ -14,7 +14,7 @@ from helpers import tdpo
 from safetensors.torch import load_file, save_file
 
 from tdpo_cli import models
-from tdpo_cli.config.preset import Model
+from tdpo_cli.config.settings import Model
 from tdpo_cli.models import loading, lora_file
 from tdpo_cli.models.embedding_store import Store
 from tdpo_cli.models.embeddings import Embeddings

@@ -10,7 +10,7 @@ from helpers import tdpo
 from tiny import preset as tiny_preset
 
 from tdpo_cli.config import preset as presets
-from tdpo_cli.config.preset import Model
+from tdpo_cli.config.settings import Model
 from tdpo_cli.errors import RequestError
 from tdpo_cli.machine import memory, published, sharding
 from tdpo_cli.machine.networks import networks

@@ -15,6 +15,7 @@ def weights_of(cls, config):
     return sum(parameter.numel() for parameter in network.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["klein-base-4b", "klein-base-9b", "z-image", "qwen-image"])
 def test_weights_of_a_transformer_are_those_of_its_class(name):
     diffusers = pytest.importorskip("diffusers")
@@ -28,6 +29,7 @@ def test_weights_of_a_transformer_are_those_of_its_class(name):
     assert weights_of(getattr(diffusers, kind), own | guidance | widths) == pytest.approx(weights["transformer"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_weights_of_text_encoders_are_those_of_their_classes():
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM
 

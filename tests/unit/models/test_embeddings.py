@@ -90,10 +90,8 @@ def test_second_start_reads_no_text_encoder(tmp_path, reads, alive):
     assert reads == THREE
 
 
-SLOW_DAMAGE = ["shorter", "of another prompt", "not a tensor file", "a folder"]
-
-
-@pytest.mark.parametrize("damage", ["a byte", *(pytest.param(damage, marks=pytest.mark.slow) for damage in SLOW_DAMAGE)])
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["a byte", "shorter", "of another prompt", "not a tensor file", "a folder"])
 def test_damaged_embedding_is_named_and_computed_again(tmp_path, reads, damage):
     expected = load(tmp_path).encode(PROMPTS)
     victim, other = files(tmp_path)[:2]
@@ -121,7 +119,8 @@ def edit(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.parametrize("what", ["weights", *(pytest.param(what, marks=pytest.mark.slow) for what in ("tokenizer", "resolution"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["weights", "tokenizer", "resolution"])
 def test_other_text_encoder_has_other_embeddings(tmp_path, reads, what):
     base = tmp_path / "model"
     shutil.copytree(SD3, base)
@@ -137,6 +136,7 @@ def test_other_text_encoder_has_other_embeddings(tmp_path, reads, what):
     assert reads and len(files(tmp_path / "kept")) == 2 * before
 
 
+@pytest.mark.slow
 def test_unchanged_files_are_not_read_again_for_their_digests(tmp_path, monkeypatch):
     from tdpo_cli.models import embedding_store
 
@@ -145,6 +145,7 @@ def test_unchanged_files_are_not_read_again_for_their_digests(tmp_path, monkeypa
     load(tmp_path)
 
 
+@pytest.mark.slow
 def test_limit_removes_what_was_not_used_for_the_longest_time(tmp_path, reads):
     load(tmp_path, prompts=["old", "older"])
     size = files(tmp_path)[0].stat().st_size
@@ -169,6 +170,7 @@ def test_run_above_the_limit_keeps_nothing_and_says_so(tmp_path, reads):
     assert not reads
 
 
+@pytest.mark.slow
 def test_folder_that_cannot_be_written_costs_the_disk_alone(tmp_path, reads):
     place = tmp_path / "file"
     place.write_text("")
@@ -199,6 +201,7 @@ def test_resumed_run_reads_no_text_encoder_and_is_the_straight_one(tmp_path, rea
     assert tiny.outcome_of(tmp_path / "run")[0] == tiny.outcome_of(tmp_path / "straight")[0]
 
 
+@pytest.mark.slow
 def test_fused_text_lora_is_never_mixed_up_with_the_plain_encoder(tmp_path, reads):
     plain = load(tmp_path / "kept")
     plain.save(tmp_path)

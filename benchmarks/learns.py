@@ -28,10 +28,11 @@ from tdpo_cli.train.state import Job, build
 REWARD = "jpeg-incompressibility"
 SETTINGS = {
     "model.dtype": "fp32", "model.lora_rank": 8,
-    "rollout.prompts": "simple-animals", "rollout.samples_per_epoch": 32, "rollout.steps": 5, "rollout.guidance_scale": 1.0,
+    "rollout.prompts": "simple-animals", "rollout.samples_per_epoch": 128, "rollout.steps": 5, "rollout.guidance_scale": 1.0,
     "reward.train": REWARD, "reward.zoo": "sandbox", "reward.min_count": 16,
     "algorithm.critic_init_std": 0.11, "algorithm.reset_every": 10,
-    "update.batch_size": 16, "update.learning_rate": 3e-3, "update.critic_learning_rate": 1e-3, "update.clip_range": 1e-3,
+    "update.batch_size": 32, "update.learning_rate": 3e-3, "update.max_grad_norm": 3e-3, "update.critic_learning_rate": 1e-3,
+    "update.clip_range": 1e-3,
     "run.epochs": 10, "run.preview_images": 0,
 }  # fmt: skip
 PROMPTS = ["a cat", "a dog", "a red house", "two birds"]

@@ -66,6 +66,7 @@ def same(a, b):
     return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, (list, tuple)) else a == b
 
 
+@pytest.mark.slow
 def test_average_multipliers_and_the_scale_of_several_rewards_go_on_exactly_after_a_resume(tmp_path):
     straight, cut = held_job(tmp_path), held_job(tmp_path)
     rows = [run_epoch(straight, epoch, Console(quiet=True)) for epoch in range(3)]

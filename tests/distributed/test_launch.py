@@ -136,6 +136,7 @@ cli.main()
 UP = "(folder / f'{rank}.up').touch()"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_reaches_every_worker_once_and_is_the_exit_status(launcher, tmp_path, number, status):
     program = f"""
@@ -157,6 +158,7 @@ signal.signal({int(number)}, stop)
     assert alive(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_workers_that_do_not_listen_are_ended_by_the_second_signal(launcher, tmp_path):
     process = launcher(f"signal.signal(signal.SIGTERM, signal.SIG_IGN)\n{UP}\n{WAIT}")
     process.terminate()

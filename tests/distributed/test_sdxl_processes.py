@@ -53,6 +53,7 @@ def assert_same(place, ours, theirs):
         assert_same_run(one, other, preset)
 
 
+@pytest.mark.slow
 def test_micro_batches_of_another_size_are_the_same_run(place):
     torch.set_num_threads(1)
     ours, theirs = (rows(place, f"cut-{size}", *SHORT, "--epochs", 2, "--set", f"run.micro_batch={size}") for size in (8, 3))

@@ -121,6 +121,7 @@ def test_one_process_and_two_agree(alone, two, place):
         assert_same(ours[epoch], theirs[epoch]["row"], place)
 
 
+@pytest.mark.slow
 def test_a_run_resumed_in_another_number_of_processes_is_the_same_run(alone, resumed, place):
     assert [entry["world_size"] for entry in json.loads((resumed / "env.json").read_text())] == [2, 1]
     assert {entry["micro_batch"] for entry in json.loads((resumed / "env.json").read_text())} == {3}

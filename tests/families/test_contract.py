@@ -110,6 +110,7 @@ def test_noise_is_drawn_in_the_pipelines_shape(case):
     assert levels(drawn, case.plain_images) < 0.1
 
 
+@pytest.mark.slow
 def test_negative_prompt_is_the_pipelines(case):
     if case.base.family.guidance != "cfg" or not case.call.takes_negative:
         pytest.skip("this pipeline takes no negative prompt")
@@ -150,6 +151,7 @@ def test_resolution_that_does_not_divide_is_refused_with_the_multiple(case):
 
 
 # --- reference and weights ----------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_reference_is_the_base_model(case):
     base = means(case.base)
     for policy in (case.fresh, case.moved):
@@ -158,6 +160,7 @@ def test_reference_is_the_base_model(case):
     assert not means(case.moved).allclose(base, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_state_dict_carries_the_policy(case):
     policy = case.load()
     assert not means(policy).equal(means(case.moved))
@@ -186,12 +189,14 @@ def test_lora_of_ours_is_the_same_bytes_each_time(case, tmp_path):
     assert len({next((tmp_path / name).glob("*.safetensors")).read_bytes() for name in "abcdefgh"}) == 1
 
 
+@pytest.mark.slow
 def test_lora_of_ours_is_sampled_as_it_was_saved(case):
     policy = case.load(trainable=False, start_from=str(case.own_lora))
     assert not policy.trainable
     assert levels(case.ours(policy), case.ours(case.moved)) <= LEVELS
 
 
+@pytest.mark.slow
 def test_lora_of_diffusers_gives_its_images_here(case):
     folder, images = case.foreign
     policy = case.load(trainable=False, start_from=str(folder))
@@ -199,6 +204,7 @@ def test_lora_of_diffusers_gives_its_images_here(case):
     assert levels(case.plain_images, images) > 4 * LEVELS
 
 
+@pytest.mark.slow
 def test_lora_of_diffusers_keeps_its_strength_through_training(case, tmp_path):
     """Started from, not yet trained, saved again: alpha is not the rank."""
     folder, images = case.foreign

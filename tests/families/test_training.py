@@ -64,6 +64,7 @@ def unread(run):
     return {f"transformer.transformer_blocks.{last}.{layer}.lora_B.weight" for layer in layers}
 
 
+@pytest.mark.slow
 def test_run_with_a_critic_trains_every_layer(straight):
     assert_trained(straight, 2)
 

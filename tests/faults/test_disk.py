@@ -53,6 +53,7 @@ def flip(file):
     file.write_bytes(bytes(content))
 
 
+@pytest.mark.slow
 def test_a_manifest_of_another_epoch_is_damaged(run):
     file = run / "state/epoch_0002/manifest.json"
     file.write_text(file.read_text().replace('"epoch": 2', '"epoch": 6'))
@@ -76,6 +77,7 @@ def test_a_damaged_newest_state_is_named_and_the_one_before_is_used(run, straigh
     assert epoch == 1 and str(named) in warning and "Going on from the state before, of epoch 1" in warning
 
 
+@pytest.mark.slow
 def test_the_run_goes_on_from_the_state_before_and_ends_as_if_nothing_had_happened(run, straight):
     flip(run / "state/epoch_0002/state.pt")
     outcome = resume(run)
@@ -143,6 +145,7 @@ def test_a_run_that_goes_on_elsewhere_is_not_swept(run):
 
 
 # --- a full disk ----------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "what", ["LoRA", *(pytest.param(what, marks=pytest.mark.slow) for what in ("state", "metrics", "critic", "model card", "preview"))]
 )

@@ -88,6 +88,7 @@ def test_finite_numbers_take_the_plain_way():
     assert credit.advantages.equal(plain.advantages) and credit.returns.equal(plain.returns)
 
 
+@pytest.mark.slow
 def test_too_many_skipped_steps_stop_the_run_with_the_state_intact(tmp_path):
     spoil = "scores[2] = float('nan') if epoch > 0 else scores[2]"
     run, name, outcome = train(tmp_path, spoil, "--set", "run.max_bad_steps=3")
@@ -98,6 +99,7 @@ def test_too_many_skipped_steps_stop_the_run_with_the_state_intact(tmp_path):
     assert (epoch, state["bad_steps"]) == (1, 2) and all(tensor.isfinite().all() for tensor in state["policy"].values())
 
 
+@pytest.mark.slow
 def test_a_reward_with_nothing_but_broken_scores_stops_the_run(tmp_path):
     run, name, outcome = train(tmp_path, "scores[:] = float('nan') if epoch == 1 else scores[:]")
     assert outcome.status == 1 and f"epoch 1: reward {name} gave 4 non-finite scores" in outcome.err
@@ -105,6 +107,7 @@ def test_a_reward_with_nothing_but_broken_scores_stops_the_run(tmp_path):
     assert RunDir(run).load_state()[0] == 0
 
 
+@pytest.mark.slow
 def test_a_reward_that_raises_is_named(tmp_path):
     run, name, outcome = train(tmp_path, "if epoch == 1: raise ZeroDivisionError('by hand')")
     assert outcome.status == 1 and f"epoch 1: reward {name} failed: ZeroDivisionError: by hand" in outcome.err
@@ -112,6 +115,7 @@ def test_a_reward_that_raises_is_named(tmp_path):
 
 
 # --- watched rewards ------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_a_broken_watched_score_is_a_null_mean_and_changes_nothing_else(tmp_path):
     run, name, outcome = train(tmp_path, "scores[0] = float('nan') if epoch == 0 else scores[0]", reward="watch=brightness")
     assert outcome.status == 0, outcome.err
@@ -131,6 +135,7 @@ def test_a_broken_watched_score_is_a_null_mean_and_changes_nothing_else(tmp_path
 
 
 # --- the networks ---------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_a_sample_whose_log_probabilities_broke_is_left_out(tmp_path, monkeypatch):
     import dataclasses
 

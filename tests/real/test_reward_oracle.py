@@ -287,7 +287,7 @@ def test_tokens_equal_upstream(inputs, folders):
     assert mask.tolist() == expected["bert_35_mask"]
 
 
-@pytest.mark.parametrize("scorer", ["aesthetic", "pickscore", "hpsv2"])
+@pytest.mark.parametrize("scorer", ["aesthetic", "pickscore", pytest.param("hpsv2", marks=pytest.mark.slow)])
 def test_critic_sees_upstream_embeddings_normalised(scorer, inputs, folders):
     encoder = critic_encoder(scorer, Backbones(), {scorer: str(folders(scorer, "reduced"))})
     raw = upstream("reduced")[f"{scorer}/tdpo/image_embed_raw"]

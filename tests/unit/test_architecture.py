@@ -51,6 +51,7 @@ def test_every_path_of_the_page_exists(page, root):
     assert not [path for path in named if not ((root / "tdpo_cli" / path).exists() or (root / path).exists())]
 
 
+@pytest.mark.slow
 def test_the_algorithm_of_the_page_trains(added, monkeypatch, tmp_path, request):
     request.addfinalizer(presets._hints.cache_clear)
     presets._hints.cache_clear()  # an earlier test has read which algorithms there are
@@ -62,6 +63,7 @@ def test_the_algorithm_of_the_page_trains(added, monkeypatch, tmp_path, request)
     assert rows(tmp_path / "run")[0]["policy_grad_norm"] > 0
 
 
+@pytest.mark.slow
 def test_the_reward_of_the_page_trains(added, tmp_path):
     added("tdpo_cli/rewards/warmth.py", "rewards")
     settings = tiny_preset(tmp_path, reward__train="warmth", algorithm__name="ddpo")

@@ -50,6 +50,7 @@ def test_the_benchmark_has_the_contracts_fields_and_its_gate_holds(bench):
     assert all(row["epoch_gain"] > 0 for row in report["ladder"][1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrong",
     [

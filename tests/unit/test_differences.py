@@ -71,12 +71,14 @@ def log_ratios(policy, trajectory, latents):
     return torch.stack(columns, dim=1)
 
 
+@pytest.mark.slow
 def test_latents_and_log_probs_are_fp32_with_half_precision_networks(half_policy):
     trajectory = three_cats(half_policy)
     assert trajectory.latents.dtype == trajectory.log_probs.dtype == torch.float32
     assert log_ratios(half_policy, trajectory, trajectory.latents).abs().max() == 0
 
 
+@pytest.mark.slow
 def test_rounded_latents_would_spoil_the_ratio(half_policy):
     """What the official code stores in half precision: on-policy log ratios beyond the clip range of 1e-4."""
     trajectory = three_cats(half_policy)
@@ -111,6 +113,7 @@ def test_dormancy_scores_are_finite_where_fp16_underflows():
 
 
 # --- resume -----------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_resume_replays_nothing_and_needs_no_older_checkpoint(tmp_path, monkeypatch):
     train.run(tiny(), tmp_path, False, Console(quiet=True))
     shutil.rmtree(tmp_path / "checkpoints")
@@ -124,6 +127,7 @@ def test_resume_replays_nothing_and_needs_no_older_checkpoint(tmp_path, monkeypa
     assert [json.loads(line)["epoch"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["per-prompt", "global"])
 def test_all_running_statistics_are_in_the_state(kind):
     preset = tiny(reward__normalise=kind, algorithm__advantage_norm="per-prompt", algorithm__kl_penalty_coef=1.0, algorithm__kl_target=0.1)
@@ -143,6 +147,7 @@ def _arguments(kind):
 
 
 # --- one exchange of gradients per optimizer step -----------------------------------------------------------------------
+@pytest.mark.slow
 def test_gradients_are_exchanged_once_per_optimizer_step():
     class Counting(World):
         exchanges = 0
@@ -201,6 +206,7 @@ def test_every_reset_draws_new_weights():
     assert len({tuple(draw.tolist()) for draw in draws}) == 3
 
 
+@pytest.mark.slow
 def test_advantages_per_prompt_can_be_asked_for():
     """Officially a call of a method that does not exist."""
     job = build(tiny(algorithm__advantage_norm="per-prompt"), World(), Plan.of(4))

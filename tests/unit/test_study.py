@@ -63,6 +63,7 @@ def test_every_arm_is_a_preset_that_loads():
         assert loaded.reward.watch[0] == "gold" and loaded.algorithm.reference
 
 
+@pytest.mark.slow
 def test_the_tables_in_the_docs_are_those_of_the_result_files():
     import draw
 

@@ -69,6 +69,7 @@ def assert_within(reference, epochs, seed, preset):
         assert max(found.values()) <= 1, f"epoch {one['epoch']}: {found}"
 
 
+@pytest.mark.slow
 def test_rounding_of_the_assumed_size_is_within_the_first_epochs_bounds(first):
     assert_within(first, 1, 1, SMALL)
 
@@ -130,6 +131,7 @@ def assert_beyond(reference, preset):
     assert max(found.values()) > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["another order", "1 % in the policy's loss"])
 def test_a_mistake_is_beyond_the_bounds_of_a_small_epoch(first, monkeypatch, name):
     MISTAKES[name](monkeypatch)

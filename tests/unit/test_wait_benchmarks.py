@@ -26,12 +26,14 @@ def test_cpu_ticks_are_found_behind_a_name_with_brackets():
     assert pairs.cpu_ticks("7 (a) b (c) S 1 1 1 0 -1 0 0 0 0 0 12 30 0 0 20 0") == 42
 
 
+@pytest.mark.slow
 def test_order_of_the_candidates_turns():
     seen = []
     pairs.in_turn({name: lambda name=name: seen.append(name) for name in "abc"}, 2)
     assert "".join(seen) == "abcbca"
 
 
+@pytest.mark.slow
 def test_files_have_mixed_sizes_and_formats(tmp_path):
     paths = score.write_files(tmp_path, 8)
     assert {path.suffix for path in paths} == {".png", ".jpg"}

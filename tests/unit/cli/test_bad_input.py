@@ -101,6 +101,7 @@ def test_a_preset_file_that_is_a_folder_or_no_text(elsewhere):
 
 
 # --- model folders ----------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_damaged_weights_are_named_and_no_run_folder_is_made(elsewhere):
     shutil.copytree(ZOO / "pipeline", elsewhere / "modèle vide")
     weights = next((elsewhere / "modèle vide" / "unet").glob("*.safetensors"))
@@ -132,6 +133,7 @@ def test_a_wrong_prompt_file_leaves_no_run_folder(name, content, message, elsewh
     assert not (elsewhere / "run").exists()
 
 
+@pytest.mark.slow
 def test_prompts_longer_than_the_text_encoder_reads_are_cut_with_one_warning(elsewhere):
     long = " ".join(["a red circle on a blue background"] * 30)
     (elsewhere / "long.txt").write_text(f"{long} one\n{long} two\na red circle\n")
@@ -142,6 +144,7 @@ def test_prompts_longer_than_the_text_encoder_reads_are_cut_with_one_warning(els
     assert "Token indices" not in outcome.err
 
 
+@pytest.mark.slow
 def test_unicode_everywhere(elsewhere):
     (elsewhere / "подсказки.txt").write_text("猫と犬\nein Wäldchen 🌲\nقطة\n", encoding="utf-8")
     (elsewhere / "récompense.py").write_text("def größe(images, prompts):\n    return [float(len(prompt)) for prompt in prompts]\n")
@@ -201,6 +204,7 @@ def test_a_changed_preset_is_refused_and_the_difference_said(arguments, message,
     assert "run.epochs: the run has" not in said
 
 
+@pytest.mark.slow
 def test_what_may_change_may_change(run):
     outcome = tdpo("train", "--resume", "--out", run, "--epochs", 2, "--set", "run.save_every=2", "--set", "run.keep_last=1", "--quiet")
     assert outcome.status == 0, outcome.err
@@ -239,6 +243,7 @@ ERRORS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error", [ERRORS[0], *(pytest.param(error, marks=pytest.mark.slow) for error in ERRORS[1:])], ids=lambda error: type(error).__name__
 )
@@ -328,6 +333,7 @@ def dry_run(*arguments):
         assert outcome.out == "" and outcome.err.startswith("tdpo: ") and len(outcome.err) > len("tdpo: \n")
 
 
+@pytest.mark.slow
 @calm(60)
 @given(tables)
 def test_any_json_preset(table):
@@ -335,6 +341,7 @@ def test_any_json_preset(table):
     dry_run("--preset", "any.json")
 
 
+@pytest.mark.slow
 @calm(60)
 @given(tables)
 def test_any_toml_preset(table):
@@ -353,6 +360,7 @@ def test_any_bytes_as_a_preset(content, name):
     dry_run("--preset", name)
 
 
+@pytest.mark.slow
 @calm(60)
 @given(st.sampled_from([f"{s}.{k}" for s, keys in KEYS.items() for k in keys]) | st.text(max_size=12), st.text(max_size=20) | values.map(str))
 def test_any_override(key, value):

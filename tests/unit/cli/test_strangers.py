@@ -328,6 +328,7 @@ def test_a_run_whose_folder_is_gone_stops_at_the_next_save(run):
     assert not run.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", [[], [".lock", "log.txt", ".preset.json.tmp"]])
 def test_the_same_command_starts_and_resumes(left, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -430,6 +431,7 @@ def test_a_port_that_is_taken_is_named(monkeypatch):
     assert not isinstance(caught.value, LostPeer)
 
 
+@pytest.mark.slow
 def test_a_prompt_is_quoted_where_a_command_is_suggested(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.txt").write_text('"; touch pwned; echo "\n')

@@ -149,8 +149,10 @@ OF_THE_NETWORKS = {
     "rollout.eta", "rollout.noise_level", "rollout.window", "rollout.negative_prompt", "rollout.images_per_prompt", "reward.train",
     "algorithm.critic_activation", "update.kl_kind", "update.ema_decay", "update.ema_every",
 }  # fmt: skip
-# seconds each; smaller tests of the same: test_flow_families, test_groups_hold_one_prompt_each, test_average, test_losses
-TESTED_ELSEWHERE = {"model.drop_t5", "rollout.images_per_prompt", "update.ema_decay", "update.ema_every", "update.kl_kind"}
+# seconds each; smaller tests of the same: test_flow_families, test_flow, test_groups_hold_one_prompt_each, test_average, test_losses
+TESTED_ELSEWHERE = {
+    "model.drop_t5", "rollout.images_per_prompt", "rollout.noise_level", "rollout.window", "update.ema_decay", "update.ema_every", "update.kl_kind",
+}  # fmt: skip
 MATHEMATICS = [key for key in CHANGES_THE_RUN if key not in OF_THE_NETWORKS and not key.startswith("model.")]
 
 
@@ -202,6 +204,7 @@ def numbers(run: dict) -> tuple:
     return run["rows"], state
 
 
+@pytest.mark.slow
 def test_the_same_settings_give_the_same_run():
     """So that a difference below means the option and nothing else."""
     again = small_run.__wrapped__(())
@@ -269,6 +272,7 @@ def test_the_base_run_really_trains():
     assert any((p != 0).any() for name, p in weights(run_with({})).items() if "lora_B" in name)
 
 
+@pytest.mark.slow
 def test_extra_threshold_is_logged_and_changes_nothing_else():
     plain, extra = run_with({}), run_with({"algorithm.extra_dormant_threshold": 0.5})
     assert plain["rows"][0]["dormant_fraction_extra"] is None
@@ -285,6 +289,7 @@ def test_reference_alone_is_logged_and_changes_nothing_else():
     assert same(weights(plain), weights(logged))
 
 
+@pytest.mark.slow
 def test_ddpo_has_no_critic():
     run = run_with({"algorithm.name": "ddpo"})
     assert run["job"].critic is None and run["job"].encoder is None
@@ -311,6 +316,7 @@ def test_more_groups_than_distinct_prompts_are_refused(tmp_path):
         start(GRPO | {"rollout.prompts": str(file)})
 
 
+@pytest.mark.slow
 def test_without_a_kl_coefficient_there_is_no_reference_pass(monkeypatch):
     real, references = Policy.transition, []
     monkeypatch.setattr(
@@ -323,6 +329,7 @@ def test_without_a_kl_coefficient_there_is_no_reference_pass(monkeypatch):
         assert (row["kl_loss"] is None) == (coefficient == 0)
 
 
+@pytest.mark.slow
 def test_the_checkpoint_holds_the_average_and_the_state_the_weights(tmp_path):
     job = start(EMA)
     run_epoch(job, 0, Console(quiet=True))
@@ -365,6 +372,7 @@ def test_only_tdpo_r_resets():
     assert active + dormant == 1024 + 128 + 64 + 16
 
 
+@pytest.mark.slow
 def test_guidance_off_while_training_moves_the_ratio():
     """The rollout is guided and the update is not, so old and new log-probs differ from the first step on."""
     rounding = 2 * log_prob_error(SMALL["rollout.steps"])
@@ -713,7 +721,10 @@ ELSEWHERE = {
 
 # seconds each; smaller tests of the same are in other files: test_verdict, test_trackers, test_memory, test_flow, test_critic_view,
 # test_bad_input (save_every, keep_last, micro_batch), test_numbers (max_bad_steps)
-SLOW = (stopping_early, tracking, memory_limit, compiled, shown_images, dynamics, critic_view, critic_state, run_folder, max_bad_steps)
+SLOW = (
+    stopping_early, tracking, memory_limit, compiled, shown_images, dynamics, critic_view, critic_state, run_folder, max_bad_steps,
+    dtype, vae, text_lora,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -750,6 +761,7 @@ def test_every_choice_of_an_option_is_tried(key):
 
 
 # --- the reference ------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_the_reference_of_a_lora_is_the_network_without_it():
     policy = run_with({"algorithm.reference": True})["job"].policy
     assert not hasattr(policy.adapter, "reference")  # no second network
@@ -762,6 +774,7 @@ def test_the_reference_of_a_lora_is_the_network_without_it():
     assert torch.equal(reference, untrained) and not torch.equal(trained, untrained)
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_trains_everything_against_a_frozen_copy():
     run = run_with(TWO | {"model.lora_rank": 0, "algorithm.reference": True, "update.learning_rate": 1e-5})
     policy = run["job"].policy
@@ -812,6 +825,7 @@ def test_the_scaler_changes_no_number():
     assert rows[0]["overflowed_steps"] == rows[0]["skipped_steps"] == 0
 
 
+@pytest.mark.slow
 def test_an_overflow_skips_the_policy_step_only_and_is_no_fault(monkeypatch):
     job = with_scaler(2.0**126)  # times any gradient: infinite in fp32
     before = job.policy.state_dict(), {k: v.clone() for k, v in job.critic.state_dict().items()}
@@ -825,6 +839,7 @@ def test_an_overflow_skips_the_policy_step_only_and_is_no_fault(monkeypatch):
         assert same(before[0], job.policy.state_dict())
 
 
+@pytest.mark.slow
 def test_a_broken_loss_is_a_fault_with_a_scaler_too(monkeypatch):
     real = Policy.transition
 
@@ -838,6 +853,7 @@ def test_a_broken_loss_is_a_fault_with_a_scaler_too(monkeypatch):
         run_epoch(job, 0, Console(quiet=True))
 
 
+@pytest.mark.slow
 def test_the_scale_is_checkpointed():
     job = with_scaler(2.0**126)
     run_epoch(job, 0, Console(quiet=True))

@@ -180,6 +180,7 @@ def test_baselines_are_one_flag_away(algorithm):
     assert facts["updates_per_epoch"] == 100
 
 
+@pytest.mark.slow
 def test_dry_run_imports_no_torch_and_writes_nothing(tmp_path):
     program = (
         "import sys; sys.argv = ['tdpo', 'train', '--preset', 'hpsv2', '--dry-run', '--json']\n"

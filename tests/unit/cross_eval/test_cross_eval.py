@@ -144,6 +144,7 @@ def test_every_number_follows_from_the_scores(evaluated):
         assert base["rewards"][name]["difference"] is None
 
 
+@pytest.mark.slow
 def test_the_images_score_what_the_json_says(evaluated, place):
     (place / "lines.txt").write_text("\n".join(prompt for prompt in PROMPTS for _ in range(2)))
     for model in content(evaluated)["models"][::2]:
@@ -179,6 +180,7 @@ def test_the_cards_of_the_checkpoints_get_the_table_and_stay_whole(run, evaluate
         assert damage(folder) is None
 
 
+@pytest.mark.slow
 def test_an_adapter_of_zeros_differs_by_exactly_nothing(run, evaluated, place):
     """The same prompts and noise for everyone: what does not differ in weights does not differ at all."""
     weights = load_file(run / "checkpoints/epoch_0001" / LORA)
@@ -321,6 +323,7 @@ def test_a_finished_evaluation_is_only_drawn_again(run, evaluated):
     assert (evaluated / "cross_eval.json").read_bytes() == before and (evaluated / "cross_eval.csv").exists()
 
 
+@pytest.mark.slow
 def test_a_result_of_an_earlier_version_is_drawn_again(run, evaluated, place):
     """Its verdict is a sentence."""
     older = shutil.copytree(evaluated, place / "older")

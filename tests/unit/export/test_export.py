@@ -75,6 +75,7 @@ def sd1_state(rank=4, width=768):
 
 
 # --- the same numbers -------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_diffusers_makes_the_same_images_of_the_exported_file(run, exported):
     def images(lora_weights):
         pipe = StableDiffusionPipeline.from_pretrained(ZOO / "pipeline", torch_dtype=torch.float32, safety_checker=None)
@@ -118,6 +119,7 @@ def test_our_own_reader_finds_the_same_weights(policy, exported):
 
 
 # --- names and metadata -----------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_at_full_size_the_names_are_the_well_known_ones():
     """Stable Diffusion 1.x has its transformers at down 0-2, mid and up 1-3; a LoRA of rank 4 on their attention is 128 layers."""
     places = [f"down_blocks_{i}_attentions_{j}" for i in (0, 1, 2) for j in (0, 1)] + ["mid_block_attentions_0"]
@@ -142,6 +144,7 @@ def test_at_full_size_every_layer_is_found_by_its_name():
         assert (up.shape[0], down.shape[1]) == tuple(shapes[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width, version, v2", [(768, "sd_v1", "False"), (1024, "sd_v2", "True")])
 def test_the_generation_of_the_base_is_read_off_the_weights(width, version, v2):
     facts = kohya.metadata(sd1_state(rank=8, width=width)[1], "my-lora")
@@ -234,6 +237,7 @@ def test_qwen_image_is_the_same_lora_in_diffusers():
         assert (theirs - ours * (6.0 / 2)).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 def test_alpha_of_the_file_is_exported(policy, tmp_path):
     other = models.load(dataclasses.replace(PRESET.model, lora_alpha=6.0))
     other.save(tmp_path / "lora")

@@ -86,6 +86,7 @@ def call(network, config, dtype):
 QUICK = [("narrow", False, torch.float16), ("attention above", True, torch.float32)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, checkpointing, dtype",
     [
@@ -118,6 +119,7 @@ def test_what_a_backward_pass_keeps_is_counted(flash, name, checkpointing, dtype
     assert counted * 0.85 < predicted - once_more < counted * 1.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["narrow", *(pytest.param(name, marks=pytest.mark.slow) for name in UNETS if name != "narrow")])
 def test_what_a_forward_pass_needs_is_counted(flash, name):
     config = UNETS[name]
@@ -227,6 +229,7 @@ def test_gradients_are_the_same_with_checkpointing():
 
 
 # --- SDXL ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_the_published_sizes_of_sdxl_are_those_of_its_unet():
     from diffusers import UNet2DConditionModel
 
@@ -329,7 +332,7 @@ def test_what_a_flow_transformers_call_needs_is_counted(flash, name):
     assert alive.peak / 2 * 0.8 < footprint.forward_bytes(nets, 2) < alive.peak / 2 * 1.4
 
 
-@pytest.mark.parametrize("name", [*FLOW, "narrow", "deep, as SDXL"])
+@pytest.mark.parametrize("name", [*FLOW, "narrow", pytest.param("deep, as SDXL", marks=pytest.mark.slow)])
 def test_what_a_call_computes_is_counted(name):
     from torch.utils.flop_counter import FlopCounterMode
 

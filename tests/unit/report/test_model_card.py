@@ -85,6 +85,7 @@ def code_of(card):
     return block
 
 
+@pytest.mark.slow
 def test_the_loading_example_makes_the_checkpoint_s_image(checkpoint, monkeypatch):
     monkeypatch.chdir(checkpoint)
     names = {}

@@ -266,6 +266,7 @@ def test_markers_a_limit_and_the_shade_stand_in_the_drawing_and_in_the_legend():
     assert document.text("li")[1:] == ["reset", "clipped to 3", "stalled since epoch 2"]
 
 
+@pytest.mark.slow
 @given(st.lists(st.floats(0, 300), max_size=12).map(sorted))
 def test_names_at_the_ends_of_lines_keep_their_distance(heights):
     moved = svg.apart(heights, 15, 0, 300)
@@ -745,6 +746,7 @@ def test_a_missing_image_is_a_gap_and_no_images_is_no_gallery(tmp_path):
     assert "Pictures" not in assert_asks_for_nothing(cross_eval_page.render(result, tmp_path)).text("h2")
 
 
+@pytest.mark.slow
 def test_large_cross_evaluations_are_cut_down_and_it_is_said(tmp_path):
     image = png((300, 300), noise=random.Random(0))
     result = make_cross_eval(tmp_path, runs=2, checkpoints=6, prompts=10, per_prompt=3, image=image)

@@ -36,6 +36,7 @@ def pillow(levels: np.ndarray, size: int, offset) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(height=st.integers(2, 150), width=st.integers(2, 150), size=st.integers(2, 64), seed=st.integers(0, 9))
 @example(height=512, width=512, size=224, seed=0)

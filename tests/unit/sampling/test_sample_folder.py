@@ -1,5 +1,6 @@
 """Facts about the folder of samples: it belongs to one process, and metadata.jsonl comes last."""
 
+import pytest
 from helpers import tdpo
 from PIL import Image
 
@@ -25,6 +26,7 @@ def test_without_out_each_takes_a_folder_of_its_own_and_a_refusal_leaves_none(tm
     assert not list((tmp_path / "samples/base-0001").iterdir()) and (tmp_path / "samples/base-0002/metadata.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_the_list_of_images_is_written_last(tmp_path, monkeypatch):
     real = Image.Image.save
 

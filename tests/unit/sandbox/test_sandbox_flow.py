@@ -37,6 +37,7 @@ def test_its_folder_is_small_and_lists_what_it_has():
     assert {name for name, entry in index.items() if isinstance(entry, list)} - parts == {*models.T5, "image_encoder", "feature_extractor"}
 
 
+@pytest.mark.slow
 def test_without_noise_it_draws_what_the_pipeline_draws(policy):
     """The pipeline computes with 256 tokens of zeros, the policy with one that counts 256 times."""
     pipeline = flow.load_flow(ZOO)

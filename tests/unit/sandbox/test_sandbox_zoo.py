@@ -60,6 +60,7 @@ def test_autoencoder_keeps_pictures_and_gives_unit_latents(pipeline):
     assert figures["latent_std"] * pipeline.vae.config.scaling_factor == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.slow
 def test_samples_follow_their_prompts(pipeline):
     from tdpo_cli.sandbox.training.unet import sample
 

@@ -109,6 +109,7 @@ def test_table_for_people_names_best_and_worst(folder, my, tmp_path):
     assert "best" in shown and "more/11.png (0.8627)" in shown and "worst" in shown and "mean" in shown
 
 
+@pytest.mark.slow
 def test_all_four_rewards_of_the_sandbox(folder, tmp_path):
     out = tmp_path / "s.jsonl"
     result = tdpo("score", folder, "--rewards", "all", "--zoo", "sandbox", "--prompt", "a red circle on a blue background", "--out", out)
@@ -236,6 +237,7 @@ def refused(*arguments, status=2):
     return result.err
 
 
+@pytest.mark.slow
 def test_wrong_requests_are_refused_with_one_message(folder, my, tmp_path):
     bright = ("--rewards", my("brightness"))
     assert "no such folder" in refused(tmp_path / "nowhere", *bright)
@@ -273,6 +275,7 @@ def test_prompts_for_unknown_images_and_damaged_prompt_files(folder, my, tmp_pat
         assert message in refused(folder, "--rewards", my("length"), "--prompts", tmp_path / "p.jsonl")
 
 
+@pytest.mark.slow
 def test_missing_and_wrong_checkpoints_are_named(folder, tmp_path):
     words = ("--rewards", "hpsv2", "--prompt", "x", "--checkpoint")
     message = refused(folder, *words, f"hpsv2={tmp_path / 'weights'}")
@@ -298,6 +301,7 @@ def test_failing_function_is_one_message(folder, my, tmp_path):
 
 
 # --- interrupted, continued, shared -------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
 def test_continued_file_equals_an_uninterrupted_one(folder, my, tmp_path, suffix):
     prompt = 'two\nlines, "quoted" \u00e9'

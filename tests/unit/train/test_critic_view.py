@@ -40,6 +40,7 @@ def rolled(job, batch=3):
 
 
 # --- critic_state -----------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "steps"),
     [(SMALL | {"algorithm__critic_state": "x0"}, [0, 1, 2, 3]), (FLOW, [0, 1, 2]), (WINDOW, [1, 2])],
@@ -87,6 +88,7 @@ def test_the_time_widens_the_first_layer_only_and_leaves_the_initial_spread():
     assert wide(torch.tensor([[*[0.0] * 7, 1.0, 0.25]])).item() == 0.5 * 1.25 * 512 * 64 * 32 * 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tdpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tdpo-r", "ddpo"))])
 @pytest.mark.parametrize("base", [SMALL | {"algorithm__critic_state": "x0"}, pytest.param(FLOW, marks=pytest.mark.slow)], ids=["ddim", "flow"])
 def test_every_algorithm_trains_with_x0(name, base):
@@ -194,6 +196,7 @@ def test_a_view_that_cannot_be_is_refused(tmp_path):
 
 
 # --- resume -----------------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize("view", [pytest.param("decode", marks=pytest.mark.slow), "rgb"])
 def test_a_resumed_run_with_x0_equals_a_straight_one(tmp_path, view):
     file = tiny.preset(tmp_path, algorithm__critic_state="x0", algorithm__critic_view=view, run__epochs=2)
@@ -205,6 +208,7 @@ def test_a_resumed_run_with_x0_equals_a_straight_one(tmp_path, view):
     assert tiny.outcome_of(cut) == tiny.outcome_of(straight)
 
 
+@pytest.mark.slow
 def test_a_fitted_map_is_restored_and_not_fitted_again(tmp_path):
     settings = SMALL | {"algorithm__critic_view": "rgb"}
     job = start(settings)

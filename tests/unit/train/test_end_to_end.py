@@ -307,6 +307,7 @@ def test_the_whole_unet_trains_saves_and_samples_too(train, place):
 
 
 # --- sampling -------------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_samples_come_with_metadata_and_a_grid(samples):
     lines = [json.loads(line) for line in (samples / "metadata.jsonl").read_text().splitlines()]
     assert all({"file_name", "text"} <= set(line) for line in lines)
@@ -331,6 +332,7 @@ def test_any_batch_size_gives_the_same_images(straight, place):
     assert abs(pictures(place / "seed-8") - pictures(place / "batch-5")).max() > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["checkpoint folder", "LoRA file", "run and --epoch"])
 def test_a_checkpoint_may_be_named_in_several_ways(name, straight, samples, place):
     folder = straight / "checkpoints/epoch_0001"
@@ -344,6 +346,7 @@ def test_a_checkpoint_may_be_named_in_several_ways(name, straight, samples, plac
     assert (pictures(out) == pictures(samples)).all()
 
 
+@pytest.mark.slow
 def test_an_earlier_epoch_gives_other_images(straight, samples, place):
     arguments = [*PROMPTS, "--eta", 0, "--per-prompt", 2, "--seed", 5, "--steps", 4, "--out", place / "epoch 0"]
     assert tdpo("sample", straight, "--epoch", 0, *arguments).status == 0
@@ -396,6 +399,7 @@ def diffusers_images(straight):
     return base, images()
 
 
+@pytest.mark.slow
 def test_plain_diffusers_loads_the_lora_and_gives_the_same_images(samples, diffusers_images):
     _, with_lora = diffusers_images
     assert abs(with_lora - pictures(samples)).max() <= 1
@@ -406,6 +410,7 @@ def test_the_lora_changes_the_images(samples, diffusers_images):
     assert abs(base - pictures(samples)).max() > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["base", "--preset", "TINY"], ["RUN", "--lora-scale", 0]], ids=["base", "scale 0"])
 def test_the_base_model_is_plain_diffusers_base_model(arguments, straight, place, diffusers_images):
     names = {"TINY": place / "tiny.toml", "RUN": straight}

@@ -27,6 +27,7 @@ def run(place):
     return place / "straight"
 
 
+@pytest.mark.slow
 def test_a_resumed_flow_run_equals_the_straight_run(run, place):
     assert tdpo("train", "--preset", place / "tiny.toml", "--out", place / "halves", "--epochs", 1).status == 0
     assert tdpo("train", "--resume", "--out", place / "halves", "--epochs", 2).status == 0

@@ -80,11 +80,13 @@ def assert_shows_the_run(run):
 
 
 # --- what is sent -----------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_there_are_none_by_default(plain):
     assert not (plain / "trackers").exists()
     assert json.loads((plain / "preset.json").read_text())["run"]["trackers"] == []
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_every_row_and_preview_and_nothing_else(straight):
     assert_shows_the_run(straight)
     unused = {name for name, value in tiny.rows(straight, timings=True)[0].items() if value is None}
@@ -109,6 +111,7 @@ def test_only_the_main_process_tracks(tmp_path):
 
 
 # --- starts and ends --------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_in_the_same_folder(straight, train):
     run = train("resumed", "--tracker", "tensorboard", "--epochs", 1)
     train("resumed", "--resume", "--epochs", 2)
@@ -144,6 +147,7 @@ def test_an_epoch_that_runs_again_counts_once(train, straight):
     assert_shows_the_run(run)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_before_the_tracker_heard_loses_no_epoch(train, place, straight, monkeypatch):
     def stopped(self, *args, **kwargs):
         raise KeyboardInterrupt

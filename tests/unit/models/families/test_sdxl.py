@@ -89,6 +89,7 @@ def test_conditions_are_two_encoders_a_pooled_vector_and_the_size(pipelines):
     assert texts.parts["time_ids"].tolist() == [[64, 128, 0, 0, 64, 128]] * 3
 
 
+@pytest.mark.slow
 def test_empty_negative_prompt_is_zeros_where_the_pipeline_says_so(pipelines):
     zeros, encoded = (load(pipelines[variant]).encode(PROMPTS).parts for variant in (1, 2))
     assert not zeros["embeds"][-1].any() and not zeros["pooled"][-1].any() and zeros["time_ids"][-1].any()
@@ -97,6 +98,7 @@ def test_empty_negative_prompt_is_zeros_where_the_pipeline_says_so(pipelines):
 
 
 # --- the schedule -----------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_schedule_keeps_spacing_offset_and_prediction_type(pipelines, folder):
     euler, trailing = load(pipelines[1]), load(pipelines[2])
     for policy in (euler, trailing):
@@ -154,6 +156,7 @@ def test_latents_that_are_not_finite_are_told_from_an_overflow_of_the_vae(pipeli
         policy.decode(torch.full((1, *policy.latent_shape), float("nan")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inside", ["", "vae"])
 def test_another_vae_is_read_from_its_own_folder_or_a_pipelines(pipelines, tmp_path, inside):
     policy = load(pipelines[1])
@@ -224,6 +227,7 @@ def test_names_say_that_a_model_is_distilled(name, says):
     assert models.distilled(f"turbo-owner/{name}", {}) == (says and f"its name says {says}")
 
 
+@pytest.mark.slow
 def test_distilled_models_are_sampled_and_trained_only_on_request(folder):
     turbo = folder.rename(folder.parent / "sdxl-turbo")
     load(turbo)
@@ -236,6 +240,7 @@ def test_distilled_models_are_sampled_and_trained_only_on_request(folder):
         load(plain, trainable=True)
 
 
+@pytest.mark.slow
 def test_folder_with_fp16_files_only_is_the_same_model(pipelines, tmp_path):
     StableDiffusionXLPipeline.from_pretrained(pipelines[1], dtype=torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
     weights = [file.name for file in (tmp_path / "half").rglob("*.safetensors")]
@@ -262,6 +267,7 @@ def predicted(policy, reference=False):
     return policy.predict(x_t, torch.tensor([0, 3]), policy.encode(PROMPTS), torch.tensor([0, 1]), 5.0, reference)
 
 
+@pytest.mark.slow
 def test_lora_alpha_and_targets_are_the_presets(pipelines, tmp_path):
     policy = drawn(load(pipelines[1], trainable=True, lora_rank=4, lora_alpha=2.0, lora_targets=("to_q", "ff.net.2")))
     assert {name.split(".lora_")[0].rpartition("transformer_blocks.")[2].split(".", 1)[1] for name in policy.trainable} == {
@@ -277,6 +283,7 @@ def test_lora_alpha_and_targets_are_the_presets(pipelines, tmp_path):
         load(pipelines[1], trainable=True, lora_targets=("nothing",))
 
 
+@pytest.mark.slow
 def test_lora_is_loaded_by_diffusers(pipelines, tmp_path):
     policy = drawn(load(pipelines[2], trainable=True, lora_rank=3))
     policy.save(tmp_path)
@@ -314,6 +321,7 @@ def artists(pipelines, folder, kohya_names, text):
     return pipeline
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kohya_names", [pytest.param(False, marks=pytest.mark.slow), True], ids=["diffusers", "kohya"])
 @pytest.mark.parametrize("text", [pytest.param(False, marks=pytest.mark.slow), True], ids=["unet", "with text encoders"])
 def test_artists_lora_is_where_training_starts(pipelines, tmp_path, kohya_names, text):
@@ -344,6 +352,7 @@ def test_artists_lora_is_where_training_starts(pipelines, tmp_path, kohya_names,
     torch.testing.assert_close(again.encode(PROMPTS).parts["pooled"], policy.encode(PROMPTS).parts["pooled"], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mark", "kind"),
     [("dora_scale", "DoRA"), pytest.param("hada_w1_a", "LoHa", marks=pytest.mark.slow), pytest.param("lokr_w1", "LoKr", marks=pytest.mark.slow)],
@@ -359,6 +368,7 @@ def test_other_adapters_are_refused_by_name(pipelines, tmp_path, mark, kind):
             load(pipelines[1], trainable=trainable, start_from=str(tmp_path))
 
 
+@pytest.mark.slow
 def test_lora_of_another_size_is_one_message(pipelines, tmp_path):
     drawn(load(pipelines[2], trainable=True)).save(tmp_path)
     with pytest.raises(RequestError, match="do not fit the base model"):
@@ -395,6 +405,7 @@ def run(half, tmp_path_factory):
     return place / "run"
 
 
+@pytest.mark.slow
 def test_commands_sample_and_export_a_run(run, tmp_path):
     from PIL import Image
 

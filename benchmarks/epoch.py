@@ -1,10 +1,14 @@
 """Time an epoch against a stand-in of the official loop, in the same process, on the same weights, prompts and noise.
 
     python benchmarks/epoch.py --device cpu --size tiny --json
-    python benchmarks/epoch.py --device cuda --size sd1 --json
+    python benchmarks/epoch.py --device cuda --size sd1|sdxl|sd35    # one command, under ten minutes, for everything a GPU can show
+    python benchmarks/epoch.py --device cpu --size tiny --parts whole # the same code on tiny pipelines of the three families
 
-The equality gate comes first: the same number of optimizer steps, a gradient and a ratio_drift no worse than the stand-in's. If it
-does not hold, no time is taken and the exit status is 1.
+The stand-in is of Stable Diffusion 1.x alone. Its equality gate comes first: the same number of optimizer steps, a gradient and a
+ratio_drift no worse than the stand-in's. If it does not hold, no time is taken and the exit status is 1.
+
+The part `whole` (benchmarks/whole.py) takes a family at its full architecture with random weights: fp16 and bf16, drift, phases against
+their bare calls, share of the matrix-product rate, memory against the plan, torch.compile, and the commands train, resume, sample, score.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,11 +34,13 @@ import matmul  # noqa: E402
 import ours  # noqa: E402
 import standin  # noqa: E402
 import torch  # noqa: E402
+import whole  # noqa: E402
 from setup import SIZES, Bench, build  # noqa: E402
 from timing import CLOCKS, Stopwatch, clock_of, interleave, ratios, seconds, spread  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from tdpo_cli.machine import footprint, memory  # noqa: E402
+from tdpo_cli.machine import memory  # noqa: E402
+from tdpo_cli.machine.networks import networks  # noqa: E402
 from tdpo_cli.train.metrics import peak_memory  # noqa: E402
 
 
@@ -127,7 +134,7 @@ def dry(bench: Bench) -> dict[str, Any]:
     """What a construction without numbers tells: parameters, and the memory that every plan is predicted to need."""
     parameters = {type(network).__name__: sum(p.numel() for p in network.parameters()) for network in (*bench.networks, bench.encoder)}
     plans = {str(plan): memory.phases(bench.preset, 1, plan) for plan in memory.GPU_LADDER}
-    nets = footprint.networks(bench.preset)
+    nets = networks(bench.preset)
     stored = 4 * nets.latent_elements + 4 * bench.encoder.embed_dim
     return {
         "parameters": parameters,
@@ -140,15 +147,24 @@ def dry(bench: Bench) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--size", choices=list(SIZES), default="tiny")
-    parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], default="fp16", help="of sd1's networks on a GPU")
-    parser.add_argument("--rounds", type=int, default=5, help="paired runs; medians are of these")
+    parser.add_argument("--size", choices=[*SIZES, *(family for family in whole.FULL if family not in SIZES)], default="tiny")
+    parser.add_argument("--parts", help="standin, whole or both with a comma [default: on a CPU the stand-in; on a GPU both where there is one]")
+    parser.add_argument("--family", action="append", choices=list(whole.FULL), help="of the tiny pipelines only this one; may be repeated")
+    parser.add_argument("--minutes", type=float, default=9.0, help="no section of `whole` begins later; the report names what was left out")
+    parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], default="fp16", help="of sd1's networks beside the stand-in on a GPU")
+    parser.add_argument("--rounds", type=int, help="paired runs; medians are of these [default: 5; on a GPU 2]")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--ladder", action="store_true", help="one line per gain")
-    parser.add_argument("--compile", action="store_true", help="torch.compile too, with its warm-up")
+    parser.add_argument("--compile", action="store_true", help="torch.compile beside the stand-in too, with its warm-up")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out of `whole`")
     parser.add_argument("--dry", action="store_true", help="construct without numbers and print sizes and predictions")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     options = parser.parse_args()
+    parts = options.parts.split(",") if options.parts else _usual_parts(options.device, options.size)
+    if unknown := set(parts) - {"standin", "whole"}:
+        parser.error(f"--parts: {', '.join(sorted(unknown))} unknown; expected standin, whole")
+    if "standin" in parts and options.size not in SIZES:
+        parser.error(f"--size {options.size}: there is no stand-in of it; use --parts whole")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if options.device == "cuda" and not torch.cuda.is_available() and not options.dry:
         parser.error("--device cuda: there is no CUDA device here")
@@ -158,16 +174,51 @@ def main() -> int:
     if options.dry:
         print(json.dumps(dry(build(SIZES[options.size], torch.device("meta"), options.dtype)), indent=None if options.json else 2))
         return 0
-    bench = build(SIZES[options.size], torch.device(options.device), options.dtype)
     torch.set_num_threads(options.threads)
-    report = measure(bench, options.rounds, options.ladder, options.compile)
+    report, status = {}, 0
+    if "standin" in parts:
+        report, status = _beside_standin(options)
+    if "whole" in parts:
+        report["whole"] = _whole(options)
+        status = max(status, *(int(bool(one["failed"])) for one in report["whole"].values()))
     if options.json:
         print(json.dumps(report))
-    else:
+    elif "whole" in parts:
+        print(whole.table(report["whole"]))
+    return status
+
+
+def _usual_parts(device: str, size: str) -> list[str]:
+    return [part for part, wanted in (("standin", size in SIZES), ("whole", device == "cuda" or size not in SIZES)) if wanted]
+
+
+def _beside_standin(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    """The report, and the exit status."""
+    gpu, size = options.device == "cuda", SIZES[options.size]
+    if gpu:  # growth is linear in both, so the ratios are those of the published numbers, in a sixth of the time
+        size = dataclasses.replace(size, samples=min(size.samples, 16), steps=min(size.steps, 16), batch=min(size.batch, 8))
+    bench = build(size, torch.device(options.device), options.dtype)
+    torch.set_num_threads(options.threads)
+    report = measure(bench, options.rounds or (2 if gpu else 5), options.ladder, options.compile)
+    if not options.json:
         _say(report)
     for reason in report["gate"]["reasons"]:
         print(f"the equality gate does not hold: {reason}", file=sys.stderr)
-    return 0 if report["gate"]["holds"] else 1
+    return report, 0 if report["gate"]["holds"] else 1
+
+
+def _whole(options: argparse.Namespace) -> dict[str, Any]:
+    """A full family, or all of them as tiny pipelines; the minutes are shared among these."""
+    full = options.size in whole.FULL
+    families, report = [options.size] if full else options.family or list(whole.FULL), {}
+    for family in families:
+        amount = whole.FULL[family] if full else whole.TINY
+        amount = dataclasses.replace(amount, rounds=options.rounds or amount.rounds)
+        with tempfile.TemporaryDirectory() as folder:
+            where = family, torch.device(options.device), Path(folder)
+            report[family] = whole.measure(*where, full, amount, not options.no_compile, options.minutes / len(families))
+        whole.release(torch.device(options.device))
+    return report
 
 
 def _say(report: dict[str, Any]) -> None:

@@ -13,23 +13,25 @@ from timing import Phases, clock_of, seconds
 from torch.utils.flop_counter import FlopCounterMode
 
 
-def rate(bench: Bench, repeats: int = 5) -> float:
-    """FLOP per second of a large square product in the UNet's type, the best of `repeats`."""
-    n = 8192 if bench.device.type == "cuda" else 768
-    a = torch.randn(n, n, device=bench.device).to(bench.policy.family.network.dtype)
-    best, clock = float("inf"), (time.perf_counter, time.process_time)[clock_of(bench)]
+def rate(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
+    """FLOP per second of a large square product in that type, the best of `repeats`; by CPU time where there is no GPU."""
+    gpu = device.type == "cuda"
+    n, clock = (8192, time.perf_counter) if gpu else (768, time.process_time)
+    wait = torch.cuda.synchronize if gpu else lambda: None
+    a = torch.randn(n, n, device=device).to(dtype)
+    best = float("inf")
     for _ in range(repeats):
-        bench.synchronize()
+        wait()
         start = clock()
         a @ a
-        bench.synchronize()
+        wait()
         best = min(best, clock() - start)
     return 2 * n**3 / best
 
 
 def shares(bench: Bench, bare: Bare, timed: list[Phases]) -> dict[str, Any]:
     """rate, and per phase of the bare calls its FLOP, seconds and share of the rate. Call it after the times were taken: counting is slow."""
-    measured, phases = rate(bench), {}
+    measured, phases = rate(bench.device, bench.policy.family.network.dtype), {}
     for name in ("denoise", "decode", "train"):
         with FlopCounterMode(display=False) as counter:
             getattr(bare, name)()

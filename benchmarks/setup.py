@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tdpo_cli.algorithms.critic import Critic
 from tdpo_cli.config import preset as presets
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.settings import Preset
 from tdpo_cli.models import adapter
 from tdpo_cli.models.families.sd import StableDiffusion
 from tdpo_cli.models.loading import DTYPES

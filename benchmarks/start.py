@@ -2,6 +2,9 @@
 
 python benchmarks/start.py
 python benchmarks/start.py --imports tdpo_cli.score.score --top 10
+
+The floor is what a command cannot do without: torch, and for training and sampling the classes of one pipeline, which import all the rest.
+Modules beyond it are counted too: their number does not depend on what else the machine does.
 """
 
 from __future__ import annotations
@@ -13,7 +16,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-COMMANDS = ("tdpo_cli.train.train", "tdpo_cli.sampling.sample", "tdpo_cli.score.score")
+PIPELINE = (
+    "import torch; from transformers import CLIPTextModel, CLIPTokenizer; "
+    "from diffusers import StableDiffusionPipeline, AutoencoderKL, UNet2DConditionModel, DDIMScheduler, FlowMatchEulerDiscreteScheduler"
+)
+TORCH = "import torch; import numpy; from PIL import Image"
+COMMANDS = {"tdpo_cli.train.train": PIPELINE, "tdpo_cli.sampling.sample": PIPELINE, "tdpo_cli.score.score": TORCH}  # -> the floor
 
 
 def rows(report: str) -> list[tuple[str, int, int, int]]:
@@ -36,11 +44,17 @@ def by_library(found: Sequence[tuple[str, int, int, int]]) -> dict[str, int]:
     return dict(sorted(sums.items(), key=lambda one: -one[1]))
 
 
-def measure(module: str) -> tuple[float, list[tuple[str, int, int, int]]]:
-    """CPU seconds of a process that only imports the module; and its rows."""
+def beyond(found: Sequence[tuple[str, int, int, int]], floor: Sequence[tuple[str, int, int, int]]) -> list[tuple[str, int, int, int]]:
+    """The rows of modules that the floor does not import."""
+    known = {name for name, *_ in floor}
+    return [row for row in found if row[0] not in known]
+
+
+def measure(code: str) -> tuple[float, list[tuple[str, int, int, int]]]:
+    """CPU seconds of a process that only runs this code; and its rows."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "HF_HUB_OFFLINE": "1"}
     before = os.times()
-    run = subprocess.run([sys.executable, "-X", "importtime", "-c", f"import {module}"], env=environment, capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-X", "importtime", "-c", code], env=environment, capture_output=True, text=True, check=True)
     after = os.times()
     return after.children_user + after.children_system - before.children_user - before.children_system, rows(run.stderr)
 
@@ -50,10 +64,14 @@ def main() -> None:
     parser.add_argument("--imports", action="append", metavar="MODULE", help=f"[default: {', '.join(COMMANDS)}]")
     parser.add_argument("--top", type=int, default=5, help="libraries shown")
     options = parser.parse_args()
+    floors = {code: measure(code) for code in sorted({COMMANDS.get(module, PIPELINE) for module in options.imports or COMMANDS})}
     for module in options.imports or COMMANDS:
-        seconds, found = measure(module)
-        total = sum(own for _, _, own, _ in found)
+        floor_seconds, floor = floors[COMMANDS.get(module, PIPELINE)]
+        seconds, found = measure(f"import {module}")
+        total, more = sum(own for _, _, own, _ in found), beyond(found, floor)
+        share = sum(own for _, _, own, _ in more) / total
         print(f"{module}: {seconds:.2f} CPU seconds, {len(found)} modules")
+        print(f"  the floor {floor_seconds:.2f} CPU seconds, {len(floor)} modules; beyond it {len(more)} modules, {share:.1%}")
         for library, own in list(by_library(found).items())[: options.top]:
             print(f"  {library:<24} {own / total:6.1%}  {1e3 * seconds * own / total:7.0f} CPU ms")
 

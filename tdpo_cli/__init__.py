@@ -1,3 +1,3 @@
 """Fine-tune text-to-image diffusion models against reward models with TDPO and TDPO-R."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -19,10 +19,11 @@ from huggingface_hub import constants
 from packaging.requirements import Requirement
 
 from tdpo_cli.config import preset as presets
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.settings import Preset
 from tdpo_cli.console import Console, size
 from tdpo_cli.errors import WorkError
-from tdpo_cli.machine import footprint, memory
+from tdpo_cli.machine import memory
+from tdpo_cli.machine.networks import guessed, is_sdxl, published
 from tdpo_cli.rewards import checkpoints as reward_checkpoints
 from tdpo_cli.rewards import required_files
 from tdpo_cli.sandbox import EMBEDDED, ZOO, is_embedded
@@ -136,6 +137,7 @@ def _preset(name: str, preset: Preset, devices: list[dict[str, Any]]) -> dict[st
         "micro_batch": plan.micro_batch,
         "plan": plan.as_dict(),
         "fits": fits,
+        "cards": {} if gpu or is_embedded(preset.model.base) or guessed(preset) else memory.cards(preset),
         **_files(files),
         "problems": problems,
     }
@@ -172,7 +174,7 @@ def _parts(base: str, folder: Path, revision: str | None) -> dict[str, str]:
         (cached,) = required_files.on_hub(base, ["model_index.json"], revision)
         file = Path(cached.path) if cached.path else file
     if not file.is_file():
-        return SDXL_PARTS if footprint.is_sdxl(Path(base)) else SD_PARTS
+        return SDXL_PARTS if is_sdxl(Path(base)) else _published_parts(base) or SD_PARTS
     found = {}
     for part, entry in json.loads(file.read_text(encoding="utf-8")).items():
         if part.startswith("_") or part in UNUSED_PARTS or not isinstance(entry, list) or entry[-1] is None:
@@ -185,8 +187,17 @@ def _parts(base: str, folder: Path, revision: str | None) -> dict[str, str]:
     return found
 
 
+def _published_parts(base: str) -> dict[str, str] | None:
+    """Of a flow model: whole folders, since how its weights are split among files is known once its indices are here."""
+    known = published(base)
+    if known is None:
+        return None
+    networks = list(known[1])
+    return {part: "folder" for part in (*networks, *(part.replace("text_encoder", "tokenizer") for part in networks if "text" in part), "scheduler")}
+
+
 def _files_of(kind: str) -> tuple[str, ...]:
-    others = {"clip": CLIP_TOKENIZER, "tokenizer": ("tokenizer_config.json",), "scheduler": ("scheduler_config.json",)}
+    others = {"folder": ("",), "clip": CLIP_TOKENIZER, "tokenizer": ("tokenizer_config.json",), "scheduler": ("scheduler_config.json",)}
     return others.get(kind) or NETWORK_FILES.get(kind, ("config.json",))
 
 
@@ -229,9 +240,15 @@ def _show(report: dict[str, Any], console: Console) -> None:
     console.pairs([*devices, ("disk", f"{size(report['free_disk_bytes'])} free"), ("hub cache", report["hub"]["cache"] + offline)], title="machine")
     console.pairs([(name, _state(one)) for name, one in report["rewards"].items()], title="published rewards")
     one = report["preset"]
-    where = f"{', '.join(one['devices'])} with {memory.Plan(**one['plan'])}"
-    memory_line = f"about {size(one['memory_bytes'])} on {where}; {_size(one['free_memory_bytes'])} free"
-    console.pairs([("files", _state(one)), ("memory", memory_line)], title=f"preset {one['name']}")
+    rows = [
+        ("files", _state(one)),
+        ("memory", f"about {size(one['memory_bytes'])} on {', '.join(one['devices'])}; {_size(one['free_memory_bytes'])} free"),
+        ("plan", str(memory.Plan(**one["plan"]))),
+        *memory.card_lines(one["cards"]),
+    ]
+    console.pairs(rows, title=f"preset {one['name']}")
+    if one["cards"]:
+        console.say("  Memory is a prediction. A card's line is for one process that has it alone.")
     verdict = "could run here now" if report["ok"] else "cannot run here yet: " + "; ".join(report["problems"])
     console.say(f"{one['name']} {verdict}", style="green" if report["ok"] else "yellow")
 

@@ -1,13 +1,19 @@
 """Options and settings that all tests share."""
 
+import atexit
 import copy
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # as the command line sets them for itself: tests run it in a process where the libraries are loaded already
 os.environ.update(TRANSFORMERS_VERBOSITY="error", DIFFUSERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false")
+# kept embeddings: the tests' own, also of the processes that they start
+os.environ["TDPO_CACHE"] = tempfile.mkdtemp(prefix="tdpo-cache-")
+atexit.register(shutil.rmtree, os.environ["TDPO_CACHE"], ignore_errors=True)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

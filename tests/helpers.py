@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tdpo_cli import cli
 from tdpo_cli.config import preset as presets
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.settings import Preset
 from tdpo_cli.types import Conditioning, Trajectory, Transition
 
 thorough = True  # set by tests/conftest.py: whether slow tests run too

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.settings import Preset
 from tdpo_cli.models.samplers.ddim import DDIM
 from tdpo_cli.models.samplers.flow import Flow, noise_levels
 

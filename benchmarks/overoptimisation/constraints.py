@@ -21,7 +21,7 @@ from typing import Any
 
 from analysis import crossing, interval
 
-from tdpo_cli.config.preset import COMBINED
+from tdpo_cli.config.settings import COMBINED
 from tdpo_cli.overoptimisation import verdict
 from tdpo_cli.storage import disk
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tdpo_cli.algorithms.base import Algorithm
-    from tdpo_cli.config.preset import Preset
+    from tdpo_cli.config.settings import Preset
 
 BLACK = "[Black et al. 2023](https://arxiv.org/abs/2305.13301)"
 LIU = "[Liu et al. 2025](https://arxiv.org/abs/2505.05470)"

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.settings import Preset
 from tdpo_cli.errors import WorkError
 
 SMOOTHING = 0.7  # share of the change so far; the newest epoch has the rest

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tdpo_cli.algorithms.base import Algorithm
 from tdpo_cli.algorithms.returns import Returns
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.settings import Preset
 from tdpo_cli.types import Credit, Trajectory
 
 

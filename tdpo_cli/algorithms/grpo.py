@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tdpo_cli.algorithms import kl
 from tdpo_cli.algorithms.base import Algorithm
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.settings import Preset
 from tdpo_cli.types import Credit, Trajectory
 
 EPS = 1e-4  # added to the standard deviation; Flow-GRPO's

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tdpo_cli.algorithms import kl, moments
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.settings import Preset
 from tdpo_cli.types import Trajectory
 
 

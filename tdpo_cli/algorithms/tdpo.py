@@ -13,7 +13,7 @@ from tdpo_cli.algorithms.base import Algorithm
 from tdpo_cli.algorithms.critic import Critic
 from tdpo_cli.algorithms.moments import PerPromptMoments
 from tdpo_cli.algorithms.returns import Returns
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.settings import Preset
 from tdpo_cli.randomness import Randomness
 from tdpo_cli.types import Credit, ShufflePlan, Trajectory
 

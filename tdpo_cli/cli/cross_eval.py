@@ -12,7 +12,6 @@ from tdpo_cli.cli import options
 from tdpo_cli.cli.workers import Workers
 from tdpo_cli.console import Console
 from tdpo_cli.machine import launch
-from tdpo_cli.storage import claims
 
 
 def cross_eval(
@@ -43,6 +42,7 @@ def cross_eval(
 ) -> None:
     """Compare checkpoints with their base model: same held-out prompts, same noise, several rewards."""
     from tdpo_cli.cross_eval.request import CrossEvalRequest
+    from tdpo_cli.storage import claims
 
     workers = Workers.of(gpus, processes)
     workers.must_share(out)

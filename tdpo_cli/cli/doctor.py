@@ -8,7 +8,6 @@ from typing import Annotated, Optional
 import typer
 
 from tdpo_cli.cli import options
-from tdpo_cli.config import preset as presets
 from tdpo_cli.console import Console
 
 
@@ -18,7 +17,9 @@ def doctor(
     json_: options.JsonFlag = False,
     quiet: options.QuietFlag = False,
 ) -> None:
-    """Show what this machine can run and which files are missing; exit status 1 if the preset could not run as things are."""
+    """Show what this machine can run and which files are missing; the exit status is 1 if the preset cannot run yet."""
+    from tdpo_cli.config import preset as presets
+
     presets.load(preset or "quickstart")  # a wrong name is answered at once
     options.prepare_libraries()
     from tdpo_cli import doctor as examination

@@ -8,7 +8,6 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from tdpo_cli.config import preset as presets
 from tdpo_cli.errors import RequestError
 
 # groups of options in --help
@@ -24,13 +23,13 @@ CheckpointOption = Annotated[
     typer.Option("--checkpoint", metavar="REWARD=PATH", help="Where a reward's checkpoint is; may be repeated.", rich_help_panel=MODEL),
 ]
 GpusOption = Annotated[
-    Optional[int], typer.Option(min=1, metavar="N", help="One worker on each of N GPUs. The result stays the same.", rich_help_panel=MACHINE)
+    Optional[int], typer.Option(min=1, metavar="N", help="Start one worker on each of N GPUs. The result stays the same.", rich_help_panel=MACHINE)
 ]
 ProcessesOption = Annotated[
-    Optional[int], typer.Option(min=1, metavar="N", help="N workers on the CPU. The result stays the same.", rich_help_panel=MACHINE)
+    Optional[int], typer.Option(min=1, metavar="N", help="Start N workers on the CPU. The result stays the same.", rich_help_panel=MACHINE)
 ]
 TrustOption = Annotated[
-    bool, typer.Option("--trust-rewards", help="Use the Python and the servers that a run's own preset.json names as rewards.", rich_help_panel=MODEL)
+    bool, typer.Option("--trust-rewards", help="Allow Python code and servers that a run's own preset.json names.", rich_help_panel=MODEL)
 ]
 ZooOption = Annotated[
     Optional[str], typer.Option("--zoo", metavar="sandbox", help="Take reward checkpoints from the embedded set.", rich_help_panel=MODEL)
@@ -39,6 +38,8 @@ ZooOption = Annotated[
 
 def complete_presets(incomplete: str) -> list[str]:
     """Names of the shipped presets, for the shell's completion."""
+    from tdpo_cli.config import preset as presets
+
     return [name for name in presets.names() if name.startswith(incomplete)]
 
 
@@ -57,6 +58,8 @@ def complete_rewards(incomplete: str) -> list[str]:
 
 def overrides(set_: list[str] | None, checkpoint: list[str] | None, zoo: str | None) -> list[tuple[str, Any]]:
     """What --set, --checkpoint and --zoo say, as ("section.key", value). Raises RequestError."""
+    from tdpo_cli.config import preset as presets
+
     overrides = [presets.parse_override(text) for text in set_ or []]
     overrides += [(f"reward.checkpoints.{name}", path) for name, path in checkpoints(checkpoint).items()]
     if zoo is not None:

@@ -8,7 +8,6 @@ from typing import Annotated, Optional
 import typer
 
 from tdpo_cli.cli import options
-from tdpo_cli.config import preset as presets
 
 
 def list_or_show(
@@ -17,8 +16,11 @@ def list_or_show(
     json_: options.JsonFlag = False,
 ) -> None:
     """List the presets, or show one."""
+    from tdpo_cli.config import preset as presets
+    from tdpo_cli.config.settings import describe
+
     if keys:
-        rows = [{"key": key, "type": kind, "default": default, "meaning": doc} for key, kind, default, doc in presets.describe()]
+        rows = [{"key": key, "type": kind, "default": default, "meaning": doc} for key, kind, default, doc in describe()]
         if json_:
             return print(json.dumps(rows))
         width = max(len(row["key"]) for row in rows)

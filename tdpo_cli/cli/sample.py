@@ -10,7 +10,6 @@ import typer
 
 from tdpo_cli.cli import options
 from tdpo_cli.cli.workers import Workers
-from tdpo_cli.config import preset as presets
 from tdpo_cli.console import Console
 from tdpo_cli.errors import RequestError
 from tdpo_cli.machine import launch
@@ -43,6 +42,7 @@ def sample(
     quiet: options.QuietFlag = False,
 ) -> None:
     """Sample images from a checkpoint."""
+    from tdpo_cli.config import preset as presets
     from tdpo_cli.config import prompts as prompt_sources
     from tdpo_cli.sampling.request import SampleRequest
 

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
-from tdpo_cli import rewards
 from tdpo_cli.cli import options
 from tdpo_cli.cli.workers import Workers
-from tdpo_cli.config import preset as presets
-from tdpo_cli.config import prompts
-from tdpo_cli.console import Console, significant, size
+from tdpo_cli.console import Console
 from tdpo_cli.errors import RequestError
 from tdpo_cli.machine import launch
-from tdpo_cli.models import quantise
-from tdpo_cli.sandbox import is_embedded
-from tdpo_cli.storage import claims
-from tdpo_cli.storage.run_dir import RunDir
 
 
 def train(
@@ -27,7 +20,7 @@ def train(
         Optional[str],
         typer.Option(
             metavar="NAME|FILE.toml",
-            help="What to run (default: quickstart).",
+            help="Name or file of the preset (default: quickstart).",
             autocompletion=options.complete_presets,
             rich_help_panel=options.MODEL,
         ),
@@ -45,12 +38,12 @@ def train(
         ),
     ] = None,
     out: Annotated[
-        Optional[Path], typer.Option(help="The run folder (default: a new runs/PRESET-0001, counting up).", rich_help_panel=options.RUN)
+        Optional[Path], typer.Option(help="The run folder (default: runs/PRESET-0001 or the next free number).", rich_help_panel=options.RUN)
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.", rich_help_panel=options.RUN)] = False,
     tracker: Annotated[
         Optional[list[str]],
-        typer.Option(metavar="NAME", help="tensorboard or wandb; may be repeated.", rich_help_panel=options.RUN),
+        typer.Option(metavar="NAME", help="Also log to tensorboard or wandb; may be repeated.", rich_help_panel=options.RUN),
     ] = None,
     gpus: options.GpusOption = None,
     processes: options.ProcessesOption = None,
@@ -61,7 +54,7 @@ def train(
         Optional[str],
         typer.Option(
             metavar="SIZE|auto",
-            help="Cut up the work so that a process stays below this, as 12GB. The result stays the same.",
+            help="Divide the work so that a process needs less than this, such as 12GB. The result stays the same.",
             rich_help_panel=options.MACHINE,
         ),
     ] = None,
@@ -72,7 +65,13 @@ def train(
     json_: options.JsonFlag = False,
     quiet: options.QuietFlag = False,
 ) -> None:
-    """Train a policy as a preset says."""
+    """Train a model as a preset describes."""
+    # here, because `tdpo --help` needs none of it
+    from tdpo_cli.cli import train_request
+    from tdpo_cli.models import quantise
+    from tdpo_cli.storage import claims
+    from tdpo_cli.storage.run_dir import RunDir
+
     overrides = options.overrides(set_, checkpoint, zoo)
     given = {
         "algorithm.name": algorithm, "run.seed": seed, "run.epochs": epochs, "run.stop_on_overoptimisation": stop_on_overoptimisation,
@@ -82,21 +81,9 @@ def train(
     resume = resume or launch.restarted()
     if resume and out is None:
         raise RequestError("--resume needs --out RUN: the folder of the run to continue.")
-    # one and the same command serves the first start, which nothing has come of yet, and every restart
-    resume = resume and not ((preset is not None or launch.restarted()) and not RunDir(out).holds_a_run)
-    if not trust_rewards and (resume or Path(preset or "").suffix == ".json"):
-        recorded = RunDir(out).read_preset() if resume else presets.load(preset)
-        rewards.check_trusted(recorded.rewards, presets.custom_rewards(preset, overrides), str(out / "preset.json") if resume else str(preset))
-    if resume:
-        resolved = _resumed(out, preset, overrides)
-    else:
-        resolved = presets.load("quickstart" if preset is None else preset, overrides)
-        _check(resolved)
-        unused = presets.without_effect(resolved)
-        if unused and launch.is_main():
-            Console(quiet=json_).warn(f"ignored with {resolved.algorithm.name}, on which they do not act: {', '.join(unused)}.")
+    resolved, resume = train_request.resolve(preset, overrides, out, resume, trust_rewards, quiet=json_)
     if dry_run:
-        return _dry_run(resolved, json_)
+        return train_request.dry_run(resolved, json_)
     workers = Workers.of(gpus, processes)
     quantise.check(resolved.model.quantise, workers.device)
     with claims.given_or_new(out, Path("runs"), Path(preset or "quickstart").stem, take=launch.is_main()) as folder:
@@ -111,118 +98,3 @@ def train(
         report = training.run(resolved, folder, resume, console, workers.device)
     if json_ and launch.is_main():
         print(json.dumps(report))
-
-
-def _check(preset: presets.Preset) -> None:
-    """Whether all that a new run names is known, and its prompt files are there. Without torch. Raises RequestError."""
-    from tdpo_cli import models
-    from tdpo_cli.train import trackers
-
-    models.check_source(models.resolve(preset.model.base))
-    if preset.model.start_from is not None and not Path(preset.model.start_from).exists():
-        raise RequestError(f"{preset.model.start_from}: no such file or folder to start from. Give a LoRA file or folder, a checkpoint or a run.")
-    for name in preset.rewards:
-        place = Path(name.rpartition(":")[0]).expanduser()
-        if place.suffix == ".py" and not place.is_file():
-            raise RequestError(f"custom reward {name!r}: there is no file {place.absolute()}")
-    for name in (*preset.rewards, *preset.reward.checkpoints):
-        rewards.check_name(name)
-    for source in filter(None, (preset.rollout.prompts, preset.rollout.eval_prompts)):
-        prompts.check(source)
-    trackers.check(preset.run.trackers)
-
-
-def _resumed(out: Path, preset: str | None, overrides: list[tuple[str, Any]]) -> presets.Preset:
-    """The recorded preset with what was given explicitly; only RESUMABLE keys may differ. Raises RequestError."""
-    recorded = RunDir(out).read_preset()
-    wanted = presets.own_values(presets.load(preset, overrides), recorded) if preset else presets.override(recorded, overrides)
-    differences = [
-        f"  {key}: the run has {json.dumps(old)}, asked for {json.dumps(new)}"
-        for key, old, new in presets.differences(recorded, wanted)
-        if key not in presets.RESUMABLE
-    ]
-    if differences:
-        raise RequestError(f"{out}: a resumed run keeps its preset (only {', '.join(presets.RESUMABLE)} may change):\n" + "\n".join(differences))
-    return wanted
-
-
-def _noise(preset: presets.Preset) -> str:
-    rollout = preset.rollout
-    if rollout.eta is not None:
-        return f"DDIM, eta {rollout.eta:g}, in all {rollout.steps} steps"
-    how = f"{rollout.dynamics}, noise level {rollout.noise_level:g}"
-    if rollout.window is not None:
-        return f"{how}, in {preset.stochastic_steps} of {rollout.steps} steps, drawn every epoch"
-    if rollout.dynamics == "cps":
-        return f"{how}; at most {preset.stochastic_steps} of {rollout.steps} steps are trained, counted once the model is loaded"
-    return f"{how}, in {preset.stochastic_steps} of {rollout.steps} steps"
-
-
-STATED_RATE = 2e14  # operations a second: a fifth of what an H100 is sold with in half precision, without sparsity
-
-
-def _computation(flops: float) -> str:
-    hours = flops / STATED_RATE / 3600
-    return f"{significant(flops / 1e15, 3)} PFLOP an epoch, {significant(hours, 2)} hours at {STATED_RATE / 1e12:.0f} TFLOP/s: a prediction"
-
-
-def _dry_run(preset: presets.Preset, as_json: bool) -> None:
-    from tdpo_cli.machine import footprint, memory
-    from tdpo_cli.models import settings
-
-    entry = settings.local_entry(preset)
-    if entry is not None:
-        preset = settings.fit(preset, entry)
-    # which device there is, nobody has asked: the usual plan of a GPU, or the one that the limit allows
-    gpu = not is_embedded(preset.model.base)
-    limit = memory.limit(preset, memory.main_memory()[1] if not gpu else None, gpu) if preset.run.memory_limit else None
-    plan = memory.choose(preset, limit, gpu=gpu) if limit is not None else memory.USUAL
-    shares = {
-        count: {
-            "samples": -(-preset.rollout.samples_per_epoch // count),
-            "samples_per_optimizer_step": -(-preset.update.batch_size // count),
-            "peak_memory_bytes": memory.estimate(preset, count, plan, gpu),
-        }
-        for count in (1, 8)
-    }
-    facts = {
-        "preset": preset.as_dict(),
-        "samples_per_epoch": preset.rollout.samples_per_epoch,
-        "effective_batch": preset.update.batch_size,
-        "updates_per_epoch": preset.updates_per_epoch,
-        "reward_queries": preset.reward_queries,
-        "plan": plan.as_dict(),
-        "peak_memory_bytes": memory.estimate(preset, plan=plan, gpu=gpu),
-        "flops_per_epoch": footprint.epoch_flops(preset),
-        "per_device": shares,
-    }
-    guessed = footprint.guessed(preset)
-    if guessed:  # no number is better than one of another model
-        facts |= {"peak_memory_bytes": None, "flops_per_epoch": None}
-        for share in shares.values():
-            share["peak_memory_bytes"] = None
-    if as_json:
-        return print(json.dumps(facts))
-    share = "{samples} samples an epoch, {samples_per_optimizer_step} of each optimizer step, {memory}"
-    about = lambda count: "memory unknown until downloaded" if count is None else f"about {size(count)} of memory"
-    shown = {count: share.format(**numbers, memory=about(numbers["peak_memory_bytes"])) for count, numbers in shares.items()}
-    Console().pairs(
-        [
-            ("model", preset.model.base),
-            ("family", entry.title if entry else "unknown until downloaded"),
-            ("noise", _noise(preset) if entry else "checked against the family once it is downloaded"),
-            ("algorithm", preset.algorithm.name),
-            ("rewards", f"{preset.trained_words} trains; watching {', '.join(preset.reward.watch) or 'none'}"),
-            *([("constraints", preset.constraints_words)] if preset.reward.at_least else []),
-            ("prompts", f"{preset.rollout.prompts}; held out: {preset.rollout.eval_prompts or 'none'}"),
-            ("samples per epoch", str(preset.rollout.samples_per_epoch)),
-            ("effective batch", str(preset.update.batch_size)),
-            ("optimizer steps", f"{preset.updates_per_epoch} per epoch, {preset.updates_per_epoch * preset.run.epochs:,} in all"),
-            ("reward queries", f"{preset.reward_queries:,}"),
-            ("on 1 device", shown[1]),
-            ("on each of 8", shown[8]),
-            ("computation", "unknown until downloaded" if guessed else _computation(facts["flops_per_epoch"])),
-            ("memory", f"a prediction, with {plan}; the plan is chosen from free memory and never changes the result"),
-        ],
-        title="dry run: nothing is written",
-    )

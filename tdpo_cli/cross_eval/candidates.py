@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tdpo_cli import rewards
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.settings import Preset
 from tdpo_cli.errors import RequestError
 from tdpo_cli.models import checkpoints, lora_file
 from tdpo_cli.models.checkpoints import Checkpoint, Source

@@ -14,7 +14,7 @@ import torch
 from tdpo_cli import __version__
 from tdpo_cli.config import prompts
 from tdpo_cli.console import Console, duration
-from tdpo_cli.cross_eval import candidates, figure, result, tables
+from tdpo_cli.cross_eval import candidates, result
 from tdpo_cli.cross_eval.candidates import Model
 from tdpo_cli.cross_eval.evaluate import Evaluator, fetch, prompts_at_once
 from tdpo_cli.cross_eval.folder import Folder, Part
@@ -22,7 +22,8 @@ from tdpo_cli.cross_eval.request import CrossEvalRequest
 from tdpo_cli.errors import RequestError, first_line
 from tdpo_cli.machine import memory, world
 from tdpo_cli.report import cross_eval_page as page
-from tdpo_cli.report import model_card
+from tdpo_cli.report import cross_eval_tables as tables
+from tdpo_cli.report import model_card, png
 
 BATCH_SIZE = 16  # images per network call at most; a part of the work is as large
 
@@ -169,7 +170,7 @@ def _draw(content: dict[str, Any], folder: Folder, console: Console) -> dict[str
     texts = {"csv": tables.as_csv(content), "md": tables.as_markdown(content), "html": page.render(content, folder.path)}
     for suffix, text in texts.items():
         folder.write(f"cross_eval.{suffix}", text)
-    folder.write("cross_eval.png", figure.cross_eval(content))
+    folder.write("cross_eval.png", png.cross_eval(content))
     tables.show(content, console)
     lost = sum(score is None for model in content["models"] for rows in model["scores"].values() for row in rows for score in row)
     if lost:

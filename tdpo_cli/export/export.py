@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tdpo_cli import __version__, models
-from tdpo_cli.config.preset import Model
+from tdpo_cli.config.settings import Model
 from tdpo_cli.console import Console
 from tdpo_cli.errors import RequestError
 from tdpo_cli.export.request import ExportRequest

@@ -10,14 +10,16 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.settings import Preset
 from tdpo_cli.console import size
 from tdpo_cli.errors import RequestError
 from tdpo_cli.machine import footprint
+from tdpo_cli.machine.networks import networks
 
 MARGIN = 0.9  # of what is free; the rest is for fragmentation and what an estimate does not know
 CPU_MICRO_BATCH = 48  # larger gains nothing on a CPU
 DECODED = 8  # images per VAE call where only images are made
+CARDS = (16, 24, 48, 80)  # GiB, sold as GB
 UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
@@ -88,7 +90,7 @@ def estimate(preset: Preset, processes: int = 1, plan: Plan = USUAL, gpu: bool =
 
 def phases(preset: Preset, processes: int = 1, plan: Plan = USUAL, gpu: bool = True) -> dict[str, int]:
     """The same for each part of an epoch."""
-    nets = footprint.networks(preset)
+    nets = networks(preset)
     gpu = gpu and not nets.embedded
     bytes_each = 4 if preset.model.dtype == "fp32" or not gpu else 2
     mine = -(-preset.rollout.samples_per_epoch // processes)
@@ -98,7 +100,9 @@ def phases(preset: Preset, processes: int = 1, plan: Plan = USUAL, gpu: bool = T
     images = mine * nets.pixels * 3 * 4
     parked = plan.park and gpu
     resting, encoder, scorer = (0, *footprint.largest_scorers(preset, nets)) if parked else (scorers, scorers, scorers)
-    always = footprint.weight_bytes(preset, nets, bytes_each) + (footprint.CUDA_CONTEXT if gpu else footprint.LIBRARIES)
+    base = footprint.CUDA_CONTEXT if gpu else footprint.LIBRARIES
+    leaving = footprint.leaving_bytes(preset, nets, bytes_each) if gpu else 0
+    always = base + footprint.weight_bytes(preset, nets, bytes_each) - leaving
     clean = footprint.clean_bytes(preset, nets, processes)
     if not (plan.offload and gpu):
         always += footprint.trajectory_bytes(preset, nets, processes)
@@ -113,7 +117,8 @@ def phases(preset: Preset, processes: int = 1, plan: Plan = USUAL, gpu: bool = T
     }
     resident = {"sampling": resting + clean, "decoding": encoder + images + clean, "scoring": scorer + images, "training": resting}
     copies = 1.0 if gpu else footprint.CPU_COPIES
-    return {name: int(always + resident[name] + copies * part) for name, part in parts.items()}
+    encoding = {"encoding": int(base + footprint.encoding_bytes(preset, nets, bytes_each))} if leaving else {}
+    return encoding | {name: int(always + resident[name] + copies * part) for name, part in parts.items()}
 
 
 def choose(preset: Preset, limit: int | None, processes: int = 1, gpu: bool = True) -> Plan:
@@ -129,24 +134,59 @@ def choose(preset: Preset, limit: int | None, processes: int = 1, gpu: bool = Tr
     raise RequestError(f"{size(limit)} of memory are too little: the smallest plan needs about {size(least)}. Allow more, or lower: {ways}")
 
 
+def cards(preset: Preset) -> dict[str, dict[str, Any]]:
+    """GiB of a card -> the roomiest plan that it holds and what the smallest plan needs; where none fits, how to quantise so that one does."""
+    found = {}
+    for card in CARDS:
+        room = MARGIN * card * footprint.GiB
+        plan, least = _roomiest(preset, room)
+        smaller = None
+        if plan is None and preset.model.quantise is None and preset.model.lora_rank > 0:
+            quantised = {kind: replace(preset, model=replace(preset.model, quantise=kind)) for kind in ("int8", "nf4")}
+            smaller = next((kind for kind, one in quantised.items() if _roomiest(one, room)[0] is not None), None)
+        found[str(card)] = {"plan": plan and plan.as_dict(), "least_memory_bytes": least, "quantise": smaller}
+    return found
+
+
+def _roomiest(preset: Preset, room: float) -> tuple[Plan | None, int]:
+    """The first plan of a GPU's ladder that fits, and the bytes of the smallest."""
+    needs = {plan: estimate(preset, 1, plan) for plan in ladder(preset, gpu=True)}
+    return next((plan for plan, need in needs.items() if need <= room), None), min(needs.values())
+
+
+def card_lines(held: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    """What `cards` found, in words."""
+    return [(f"{card} GB card", _card_words(**one)) for card, one in held.items()]
+
+
+def _card_words(plan: dict[str, Any] | None, least_memory_bytes: int, quantise: str | None) -> str:
+    if plan is None:
+        way = f"; holds it with model.quantise={quantise}" if quantise else ""
+        return f"too small: needs {size(least_memory_bytes)}{way}"
+    return f"micro-batch {plan['micro_batch']}" + (", gradient checkpointing" if plan["checkpointing"] else "")
+
+
 def sample_batch(preset: Preset, free: int | None) -> int:
     """Images denoised at a time where nothing trains: as many as fit into the free bytes of a GPU; None is a CPU."""
     if preset.run.micro_batch is not None or free is None:
         return preset.run.micro_batch or CPU_MICRO_BATCH
-    nets, number = footprint.networks(preset), 4 if preset.model.dtype == "fp32" else 2
+    nets, number = networks(preset), 4 if preset.model.dtype == "fp32" else 2
     left = MARGIN * free - footprint.weight_bytes(preset, nets, number) - footprint.CUDA_CONTEXT - DECODED * footprint.decode_bytes(nets, number)
     fitting = [size for size in (32, 16, 8, 4, 2) if size * 2 * footprint.forward_bytes(nets, number) < left]
     return (fitting or [1])[0]
 
 
 def parse(text: str) -> int | None:
-    """`12GB`, `800 MiB`, a number of bytes -> bytes; `auto` -> None. Raises RequestError."""
-    if text.strip().lower() == "auto":
-        return None
+    """run.memory_limit: a size, or `auto` -> None. Raises RequestError."""
+    return None if text.strip().lower() == "auto" else parse_size("run.memory_limit", text, ", or auto")
+
+
+def parse_size(key: str, text: str, otherwise: str = "") -> int:
+    """`12GB`, `800 MiB`, a number of bytes -> bytes, at least 1; `key` is the setting. Raises RequestError."""
     match = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([a-zA-Z]*)\s*", text)
     unit = UNITS.get(match.group(2).upper()) if match else None
     if unit is None or float(match.group(1)) * unit < 1:
-        raise RequestError(f"run.memory_limit {text!r}: expected a size such as 12GB or 800MiB, or auto.")
+        raise RequestError(f"{key} {text!r}: expected a size such as 12GB or 800MiB{otherwise}.")
     return int(float(match.group(1)) * unit)
 
 

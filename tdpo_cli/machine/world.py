@@ -15,7 +15,6 @@ from tdpo_cli.errors import LostPeer, RequestError, WorkError, first_line
 from tdpo_cli.machine import launch
 
 
-
 class World:
     """One process among `size`. With one process nothing is exchanged and accelerate is not imported."""
 

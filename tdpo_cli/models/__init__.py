@@ -5,7 +5,6 @@ A new family is one file in `families/` and one line in `FAMILIES`.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import re
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from tdpo_cli.errors import RequestError, first_line
 from tdpo_cli.sandbox import EMBEDDED, ZOO
 
 if TYPE_CHECKING:
-    from tdpo_cli.config.preset import Model
+    from tdpo_cli.config.settings import Model
     from tdpo_cli.models.policy import Policy
 
 
@@ -82,6 +81,8 @@ def pipeline_class(source: str, content: dict) -> str:
 
 def check_installed(source: str, entry: FamilyEntry) -> None:
     """RequestError where the installed diffusers is older than the family needs."""
+    import importlib.metadata  # here, because it is slow to import
+
     here = importlib.metadata.version("diffusers")
     numbers = lambda version: tuple(int(part) for part in re.findall(r"\d+", version)[:2])
     if numbers(here) < numbers(entry.needs):
@@ -124,6 +125,17 @@ def index(source: str, revision: str | None = None) -> dict:
         return content
     except (OSError, ValueError, RecursionError) as error:
         raise RequestError(f"{file}: damaged: {error}. Copy or download the model again.") from None
+
+
+def folder_of(source: str, revision: str | None = None) -> Path:
+    """Where the files of a model are on this disk: its folder, or the hub cache's of that revision. Raises RequestError."""
+    return _index_file(source, revision).parent
+
+
+def text_parts(content: dict, drop_t5: bool = False) -> list[str]:
+    """The text encoders and tokenizers that a model_index.json lists."""
+    given = [name for name, entry in content.items() if isinstance(entry, list) and entry and entry[-1] is not None]
+    return [name for name in given if name.startswith(("text_encoder", "tokenizer")) and not (drop_t5 and name in T5)]
 
 
 def check_source(source: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tdpo_cli.config import preset as presets
-from tdpo_cli.config.preset import Model, Preset
+from tdpo_cli.config.settings import Model, Preset
 from tdpo_cli.errors import RequestError
 from tdpo_cli.models import lora_file
 from tdpo_cli.models.lora_file import FILE as LORA_FILE

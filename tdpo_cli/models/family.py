@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 
 from tdpo_cli.errors import RequestError, WorkError
+from tdpo_cli.models import config_values
 from tdpo_cli.models.samplers import Sampler
 from tdpo_cli.models.samplers.ddim import DDIM
 from tdpo_cli.models.samplers.flow import DYNAMICS, Flow, noise_levels
@@ -46,6 +46,7 @@ class Family:
 
     def __init__(self, pipeline: DiffusionPipeline, scheduler_config: dict[str, Any], device: torch.device, resolution: tuple[int, int] | None):
         self.pipeline, self.scheduler_config, self.device = pipeline, scheduler_config, device
+        self.unread: dict[str, Callable[[], nn.Module]] = getattr(pipeline, "unread", {})  # text encoders that are read on demand
         self.latent_shape = self.shape_of(resolution)
 
     # --- what a family writes -------------------------------------------------------------------------------------------
@@ -126,6 +127,21 @@ class Family:
     def network(self, network: nn.Module) -> None:
         setattr(self.pipeline, self.component, network)
 
+    def read_text_encoders(self) -> None:
+        """Read those that are not in memory. Raises RequestError."""
+        for name, read in self.unread.items():
+            if getattr(self.pipeline, name) is None:
+                setattr(self.pipeline, name, read().requires_grad_(False).eval())
+        if self.unread:
+            config_values.bound_tokenizers(self.pipeline.components, type(self.pipeline).__name__)
+
+    def release_text_encoders(self) -> None:
+        """Give back the memory of those that can be read again."""
+        for name in self.unread:
+            setattr(self.pipeline, name, None)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     @contextlib.contextmanager
     def encoding(self) -> Iterator[None]:
         """Text encoders are on the device inside. Outside, those that are large wait in main memory; on a CPU nothing moves."""
@@ -192,6 +208,8 @@ class FlowFamily(Family):
         config = self.scheduler_config
         if not config.get("use_dynamic_shifting"):
             return None
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift  # here: it imports all of FLUX
+
         defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
         return calculate_shift(self.tokens, *(config.get(name, default) for name, default in defaults.items()))
 

@@ -8,7 +8,8 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable, Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tdpo_cli import models
-from tdpo_cli.config.preset import Model
+from tdpo_cli.config.settings import Model
 from tdpo_cli.errors import RequestError, first_line
 from tdpo_cli.models import adapter, config_values, lora_file, quantise
+from tdpo_cli.models.embeddings import Embeddings
 from tdpo_cli.models.family import Family
 from tdpo_cli.models.policy import Policy
 from tdpo_cli.models.settings import check_model
@@ -36,6 +38,18 @@ DIFFUSERS_STEMS, TRANSFORMERS_STEMS = ("diffusion_pytorch_model",), ("model", "p
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
 
 
+@dataclass(frozen=True)
+class Placing:
+    """Where a training run keeps the frozen weights.
+
+    `distribute(network)` may shard the denoising network over processes; where it returns False the network moves to the device whole.
+    `embeddings` keeps those of the run's prompts, where the family's text encoders are large; they leave the device before the denoiser comes.
+    """
+
+    distribute: Callable[[nn.Module], bool] | None = None
+    embeddings: Embeddings | None = None
+
+
 # --- a policy -----------------------------------------------------------------------------------------------------------
 def load(
     model: Model,
@@ -46,12 +60,10 @@ def load(
     keep_reference: bool = False,
     randomness: Randomness | None = None,
     lora_scale: float = 1.0,
-    distribute: Callable[[nn.Module], bool] | None = None,
+    placing: Placing | None = None,
 ) -> Policy:
-    """Load the policy of `model.base`, with its adapter; `trainable=False` leaves out one that would be new. Raises RequestError.
-
-    `distribute(network)` may shard the denoising network over processes; where it returns False the network moves to the device whole.
-    """
+    """Load the policy of `model.base`, with its adapter; `trainable=False` leaves out one that would be new. Raises RequestError."""
+    placing = placing or Placing()
     if is_embedded(model.base) and ("OMP_NUM_THREADS" not in os.environ or "TDPO_THREADS_SHARED" in os.environ):
         torch.set_num_threads(1)  # these networks are so small that a second thread costs more than it brings
     source, model, device = models.resolve(model.base), _starting_point(model), torch.device(device)
@@ -66,18 +78,28 @@ def load(
     dtype = DTYPES[model.dtype] if device.type != "cpu" else torch.float32
     family: Family = getattr(importlib.import_module(module), name).load(source, model, dtype, device)
     config_values.bound_tokenizers(family.pipeline.components, source)
-    _settle(family, device, waits=distribute is not None)
+    if model.vae_tiling:
+        family.pipeline.vae.enable_tiling()
+    # a LoRA on the text encoders is not part of their files
+    embeddings = placing.embeddings if family.unread and not text_lora(model) else None
+    if embeddings is None:
+        family.read_text_encoders()
+    _settle(family, device, waits=trainable)
+    if embeddings is not None:
+        embeddings.fill(family, source, model, negative_prompt)
     if trainable:
         part = _trained_part(family, model, dtype, keep_reference, randomness or Randomness(0))
-        if distribute is not None and not distribute(family.network):
+        if placing.distribute is None or not placing.distribute(family.network):
             family.network.to(device)
+            if isinstance(part, adapter.WholeNetwork) and part.reference is not None:
+                part.reference.to(device)
     else:
         part = adapter.Frozen()
         if model.start_from and not holds_network(model, family.component):
             adapter.load(family, Path(model.start_from))
             if lora_scale != 1.0:
                 adapter.set_scale(family, lora_scale)
-    return Policy(family, part, negative_prompt)
+    return Policy(family, part, negative_prompt, embeddings)
 
 
 def _starting_point(model: Model) -> Model:
@@ -123,7 +145,7 @@ def _trained_part(family: Family, model: Model, dtype: torch.dtype, keep_referen
     new = (family.network, model.lora_rank, targets, randomness.initial_weights("lora"), model.lora_alpha)
     if model.start_from is None:
         return adapter.attach(*new)
-    texts = lora_file.text_encoder_keys(Path(model.start_from))
+    texts = text_lora(model)
     if texts and model.text_lora == "refuse":
         raise RequestError(
             f"{model.start_from} has {len(texts)} weights of text encoders ({texts[0]}, ...), which do not train. Keep them as a frozen part of the "
@@ -132,6 +154,13 @@ def _trained_part(family: Family, model: Model, dtype: torch.dtype, keep_referen
     adapter.load(family, Path(model.start_from), adapter.START)
     adapter.attach(*new, name=adapter.BESIDE)
     return adapter.LoRABeside(family.network)
+
+
+def text_lora(model: Model) -> list[str]:
+    """The text-encoder weights in the LoRA of `model.start_from`."""
+    if model.start_from is None or lora_file.whole_network(Path(model.start_from)):
+        return []
+    return lora_file.text_encoder_keys(Path(model.start_from))
 
 
 # --- parts of a model -----------------------------------------------------------------------------------------------------
@@ -149,16 +178,17 @@ def trained_network(cls: type, source: str, part: str, model: Model, dtype: torc
 
 
 def read_pipeline(
-    source: str, model: Model, dtype: torch.dtype, trained: str, absent: Collection[str] = (), **dtypes: torch.dtype
+    source: str, model: Model, dtype: torch.dtype, trained: str, absent: Collection[str] = (), texts_later: bool = False, **dtypes: torch.dtype
 ) -> DiffusionPipeline:
     """Every part that model_index.json lists, given to the pipeline's class; parts that are null there, or `absent`, are None.
 
-    `trained` is the denoiser's name. `dtypes` names parts that are not of `dtype`, for example `vae=torch.float32`. Raises RequestError.
+    `trained` is the denoiser's name. `dtypes` names parts that are not of `dtype`, for example `vae=torch.float32`. With `texts_later` text
+    encoders are None too, and `Family.read_text_encoders` reads them. Raises RequestError.
     """
     content = models.index(source, model.revision)
     called = models.pipeline_class(source, content)
     cls = getattr(diffusers, called)
-    known, parts = inspect.signature(cls.__init__).parameters, dict.fromkeys(absent)
+    known, parts, unread = inspect.signature(cls.__init__).parameters, dict.fromkeys(absent), {}
     for name, entry in content.items():
         if name.startswith("_") or name not in known:
             continue
@@ -178,11 +208,17 @@ def read_pipeline(
                 options = {"torch_dtype": precision} if issubclass(kind, nn.Module) else {}
                 if quantise.applies(name, kind, trained):
                     options |= quantise.options(model.quantise, kind, precision)
-                parts[name] = component(kind, source, name, model.revision, **options)
+                read = partial(component, kind, source, name, model.revision, **options)
+                if texts_later and name.startswith("text_encoder"):
+                    parts[name], unread[name] = None, read
+                else:
+                    parts[name] = read()
     missing = [name for name, one in known.items() if name not in (*parts, "self") and one.default is one.empty]
     if missing:
         raise RequestError(f"{source}: its model_index.json does not list {', '.join(missing)}, which a {called} needs. Download the model again.")
-    return cls(**parts)
+    pipeline = cls(**parts)
+    pipeline.unread = unread
+    return pipeline
 
 
 def without_overflow(dtype: torch.dtype) -> torch.dtype:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tdpo_cli.errors import RequestError
 from tdpo_cli.models.adapter import Adapter
+from tdpo_cli.models.embeddings import Embeddings
 from tdpo_cli.models.family import Family
 from tdpo_cli.models.samplers import Sampler
 from tdpo_cli.types import Conditioning, Transition
@@ -27,12 +28,15 @@ class Policy:
     `reference` means the weights before any training.
     """
 
-    def __init__(self, family: Family, adapter: Adapter, negative_prompt: str = ""):
-        self.family, self.adapter = family, adapter
+    def __init__(self, family: Family, adapter: Adapter, negative_prompt: str = "", embeddings: Embeddings | None = None):
+        self.family, self.adapter, self.embeddings = family, adapter, embeddings
         self.device, self.latent_shape = family.device, family.latent_shape
         self.sampler: Sampler  # set by `set_schedule`
         # the network's weights are split among processes: all of them make each of its calls together
         self.sharded = any(hasattr(parameter, "to_local") for parameter in family.network.parameters())
+        if embeddings is not None:
+            self._negative = embeddings.encode(family, [negative_prompt], negative=True)[0].to(family.device)
+            return
         with torch.no_grad(), family.encoding():
             self._negative = family.encode_negative(negative_prompt)
 
@@ -71,6 +75,9 @@ class Policy:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """A row per prompt, and the negative prompt's last."""
+        if self.embeddings is not None:
+            rows = [row.to(self.device) for row in self.embeddings.encode(self.family, prompts)]
+            return Conditioning.cat([*rows, self._negative])
         with self.family.encoding() if prompts else contextlib.nullcontext():
             chunks = [self.family.encode(list(prompts[i : i + ENCODE_CHUNK])) for i in range(0, len(prompts), ENCODE_CHUNK)]
         return Conditioning.cat([*chunks, self._negative])
@@ -126,7 +133,11 @@ class Policy:
         if compile:
             if not hasattr(network, "compile_repeated_blocks"):
                 raise RequestError("run.compile needs a newer diffusers: pip install -U diffusers, or --set run.compile=false.")
-            network.compile_repeated_blocks()
+            if getattr(network, "_repeated_blocks", None):
+                network.compile_repeated_blocks()
+            else:  # as of Stable Diffusion 3's transformer: diffusers does not name its blocks
+                for block in (block for child in network.children() if isinstance(child, nn.ModuleList) for block in child):
+                    block.compile()
 
     # --- weights --------------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Tensor]:

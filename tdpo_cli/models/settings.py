@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tdpo_cli import models
-from tdpo_cli.config.preset import Model, Preset
+from tdpo_cli.config.settings import Model, Preset
 from tdpo_cli.errors import RequestError
 from tdpo_cli.models import FamilyEntry
 

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tdpo_cli.config.preset import TRUE_REWARDS, Preset
+from tdpo_cli.config.settings import TRUE_REWARDS, Preset
 
 WINDOW = 5  # epochs averaged
 SIGMAS = 2.5  # standard errors of a difference that count: the peak is the highest of many windows, so two would cry wolf

@@ -6,52 +6,50 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tdpo_cli.report import cross_eval_run, gallery, intervals
-from tdpo_cli.report.charts import OTHERS
-from tdpo_cli.report.cross_eval_run import UNIT, models_of
-from tdpo_cli.report.html import escape, facts, folded, page, section, table
-from tdpo_cli.report.intervals import Track, track_chart
-from tdpo_cli.report.numbers import change, finite, share, short, signed
-from tdpo_cli.report.palette import TRUE_REWARD, training, verdict_box
+from markupsafe import Markup
+
+from tdpo_cli.report import cross_eval_tables as tables
+from tdpo_cli.report.charts import Chart, Series, line_chart
+from tdpo_cli.report.gallery import gallery
+from tdpo_cli.report.html import page
+from tdpo_cli.report.numbers import finite, share, short, signed_sd
+from tdpo_cli.report.palette import TRUE_REWARD, looks, mood, role, training
 
 Entry = Mapping[str, Any]
+UNIT = "in units of the base's standard deviation; the base is 0"
+TABLES = (
+    ("Change against the base, by checkpoint", tables.of_run),
+    ("Prompt by prompt, and the change of diversity and agreement", tables.of_prompts),
+    ("From each reward's peak to the last checkpoint", tables.of_peaks),
+)
 
 
 def render(result: Mapping[str, Any], folder: Path) -> str:
-    """The whole page. `result`: the content of cross_eval.json; `folder`: where its images/ lie."""
-    runs = result["runs"]
-    name = folder.resolve().name
-    level = f"{100 * result['bootstrap']['level']:g}%"
-    pictures = section("Pictures", gallery.render(result, folder), "The same prompt and the same noise: only the weights differ.")
-    body = [
-        _header(name, result, runs),
-        section("Runs compared", _compared(result), f"The last checkpoint of every run, change against its base {UNIT}. Below: {level} intervals."),
-        *([pictures] if len(runs) > 1 else []),
-        *(section(run["run"], cross_eval_run.render(result, run, level), _about(run)) for run in runs),
-        *([pictures] if len(runs) < 2 else []),
-        section("Numbers", _numbers(result, level)),
-        _footer(result, level),
-    ]
-    return page(f"{name} - tdpo cross-eval", "\n".join(body))
-
-
-def _footer(result: Mapping[str, Any], level: str) -> str:
-    return (
-        f"<footer><p>Intervals: {level} bootstrap over prompts, {result['bootstrap']['resamples']:,} resamples; differences are paired, "
-        "image by image. Win rate: share of images above the base's image of the same prompt and noise, ties count half. "
-        f"Made by tdpo {escape(result['tdpo'])} from cross_eval.json and images/.</p></footer>"
-    )
-
-
-def _header(name: str, result: Mapping[str, Any], runs: Sequence[Entry]) -> str:
-    judged = [verdict_box(run["verdict"]["sentence"], run["verdict"]["kind"]) for run in runs]
-    heads = [f"<h3>{escape(run['run'])} <small>{escape(_about(run))}</small></h3>" for run in runs]
-    boxes = "".join(f"<div>{head}{box}</div>" for head, box in zip(heads, judged, strict=True))
-    pairs = [
+    """The whole page. `result`: the content of cross_eval.json; `folder`: where its images/ are."""
+    name, level = folder.resolve().name, f"{100 * result['bootstrap']['level']:g}%"
+    facts = [
         ("prompts", f"{len(result['prompts'])} from {result['prompt_source']}"), ("images per prompt", result["per_prompt"]),
         ("rewards", ", ".join(result["rewards"])), ("models", len(result["models"])), ("seed", result["seed"]),
     ]  # fmt: skip
-    return f'<header><p class=eyebrow>tdpo cross-evaluation</p><h1>{escape(name)}</h1><div class="runs">{boxes}</div>{facts(pairs)}</header>'
+    runs = [
+        {
+            "name": run["run"], "about": _about(run), "verdict": run["verdict"]["sentence"], "mood": mood(run["verdict"]["kind"]),
+            "main": line_chart(main_chart(result, run), wide=True), "charts": _charts(result, run),
+            "tables": [(label, table(result, run)) for label, table in TABLES],
+        }
+        for run in result["runs"]
+    ]  # fmt: skip
+    return page(
+        "cross_eval.html", f"{name} - tdpo cross-eval", name=name, level=level, facts=facts, runs=runs, matrix=_matrix(result), result=result,
+        unit=UNIT, true_reward=TRUE_REWARD, pictures=gallery(result, folder), bases=tables.bases(result),
+    )  # fmt: skip
+
+
+def main_chart(result: Mapping[str, Any], run: Entry) -> Chart:
+    """Every reward over the checkpoints of a run."""
+    note = f"Against the base, same prompts and noise, {UNIT}. Bands: {100 * result['bootstrap']['level']:g}% intervals."
+    x, x_label = _places(tables.models_of(result, run))
+    return Chart("Change of every reward", x, _lines(result, run, "standardised"), note, x_label, baseline=0.0, dots=True, show=signed_sd)
 
 
 def _about(run: Entry) -> str:
@@ -60,89 +58,65 @@ def _about(run: Entry) -> str:
     return ", ".join([*filter(None, parts), f"{count} checkpoint{'s' if count > 1 else ''}"])
 
 
-# --- several runs ---------------------------------------------------------------------------------------------------------
-def _compared(result: Mapping[str, Any]) -> str:
-    if len(result["runs"]) < 2:
-        return ""
-    return f'{_matrix(result)}<div class="charts single">{_all_tracks(result)}</div>'
-
-
-def _matrix(result: Mapping[str, Any]) -> str:
-    """Runs by rewards; colour is the change, an outline the reward that the run was trained on."""
+def _matrix(result: Mapping[str, Any]) -> list[list[Any]]:
+    """A row per run: its name and trained reward, then cells. `v`: the change as a share of the largest; `own`: the run was trained on it."""
     matrix, runs = result["matrix"], {run["run"]: run for run in result["runs"]}
-    largest = max((abs(value) for row in matrix["standardised"] for cell in row if (value := intervals.mean(cell)) is not None), default=0) or 1.0
+    largest = max((abs(cell["mean"]) for row in matrix["standardised"] for cell in row if _mean(cell) is not None), default=0) or 1.0
     rows = []
     for name, cells in zip(matrix["trained"], matrix["standardised"], strict=True):
-        trained = runs[name]["trained_reward"] if name in runs else None
-        own = training(runs[name])[0] if name in runs else ()
-        shown = [_heat(cell, largest, reward in own) for reward, cell in zip(matrix["evaluated"], cells, strict=True)]
-        rows.append([f"{escape(name)} <small>{escape(trained or '')}</small>", *shown])
-    legend = "<p class=note>Outlined: the reward a run was trained on." + (
-        f" {TRUE_REWARD}: the true reward, never read by the verdict.</p>" if TRUE_REWARD in matrix["evaluated"] else "</p>"
-    )
-    return table(("run", *matrix["evaluated"]), rows, "Cross-reward matrix", "matrix") + legend
+        own = training(runs[name])[0]
+        shown = [
+            None if _mean(cell) is None else {**cell, "v": f"{abs(cell['mean']) / largest:.3f}", "own": reward in own}
+            for reward, cell in zip(matrix["evaluated"], cells, strict=True)
+        ]
+        rows.append([(name, runs[name]["trained_reward"]), *shown])
+    return rows
 
 
-def _heat(cell: Entry | None, largest: float, own: bool) -> str:
-    mean = intervals.mean(cell)
-    if mean is None:
-        return "–"
-    tone = "up" if mean >= 0 else "down"
-    words = f"{signed(mean)}<small>{intervals.bounds(cell)}</small>"
-    return f'<span class="heat {tone}{" own" if own else ""}" style="--v:{abs(mean) / largest:.3f}">{words}</span>'
+# --- the charts of a run ----------------------------------------------------------------------------------------------------
+def _charts(result: Mapping[str, Any], run: Entry) -> list[Markup]:
+    models = tables.models_of(result, run)
+    x, x_label = _places(models)
+    base = next((model for model in result["models"] if model["name"] == run["base"]), {})
+    cells = [model.get("agreement") or {} for model in models]  # an older file has none
+    shares = {"prompts_all_rise": "all rewards rise", "prompts_trained_rises_others_fall": f"{run['trained_reward']} rises, others fall"}
 
+    def chart(title: str, note: str, series: Sequence[Series], **more: Any) -> Markup:
+        return line_chart(Chart(title, x, series, note, x_label, dots=True, **more))
 
-def _all_tracks(result: Mapping[str, Any]) -> str:
-    tracks = []
-    for number, run in enumerate(result["runs"]):
-        points = [point for model in models_of(result, run) if (point := _place(result, model, run))]
-        x, y = ([(value, value, value) for value in values] for values in (zip(*points, strict=True) if points else ((), ())))
-        tracks.append(Track(run["run"], x, y, OTHERS[number % len(OTHERS)], run["trained_reward"] or "", str(number + 1)))
-    note = "Every run starts as its base, at 0: to the right the trained reward, upwards the mean of the other learned ones, a ring where it ends."
-    return track_chart("What the trained reward costs the others", tracks, "trained reward, sd", "others, sd", note)
+    def against(before: float | None) -> dict[str, Any]:
+        return {"baseline": before, "limit": None if before is None else (before, f"base {short(before)}")}
 
-
-def _place(result: Mapping[str, Any], model: Mapping[str, Any], run: Entry) -> tuple[float, float] | None:
-    """(trained reward, mean of the learned ones that took no part in training) on the common scale; None where one is missing."""
-    weights, constraints = run.get("trained_weights") or {run["trained_reward"]: 1.0}, run.get("constraints", [])
-    means = {name: intervals.mean(model["rewards"][name]["standardised"]) for name in result["rewards"]}
-    others = [mean for name, mean in means.items() if name not in (*weights, *constraints, TRUE_REWARD)]
-    trained = [means.get(name) for name in weights]
-    if not others or None in (*trained, *others):
-        return None
-    mine = sum(weight * value for weight, value in zip(weights.values(), trained, strict=True)) / sum(weights.values())
-    return mine, sum(others) / len(others)
-
-
-# --- tables ---------------------------------------------------------------------------------------------------------------
-def _numbers(result: Mapping[str, Any], level: str) -> str:
-    rewards, models = result["rewards"], result["models"]
-    compared = [model for model in models if model["base"] is not None]
-
-    def every(what: str, write: Any) -> list[list[str]]:
-        return [[escape(model["name"]), *(write(model["rewards"][name][what]) for name in rewards)] for model in compared]
-
-    def with_std(cell: Entry) -> str:
-        return f"{short(finite(cell['mean']))} <small>± {short(finite(cell['std']), 2)}</small>"
-
-    raw = [[escape(model["name"]), *(with_std(model["rewards"][name]) for name in rewards)] for model in models]
-    other = [
-        [escape(model["name"]), f"{model['reward_queries'] or 0:,}", f"{model['updates'] or 0:,}", intervals.with_bounds(model["diversity"], short),
-         share(finite(model["prompts_all_rise"])), share(finite(model["prompts_trained_rises_others_fall"])),
-         intervals.with_bounds((model.get("agreement") or {}).get("change"))]
-        for model in models
+    return [
+        chart("Win rates", "Share of images that score above the base's.", _lines(result, run, "win_rate"), percent=True, baseline=0.5, show=share),
+        chart("Agreement", "How alike the trained and the other learned rewards rank the images of one prompt. Where one of them is exploited, they "
+              "disagree.", [_estimates("checkpoint", [cell.get("model") for cell in cells])], **against(_mean((cells or [{}])[0].get("base")))),
+        chart("Diversity", "How unlike the images of one prompt are: mean cosine distance of their embeddings.",
+              [_estimates("checkpoint", [model["diversity"] for model in models])], **against(_mean(base.get("diversity")))),
+        chart("Prompts", "Share of the prompts.", [Series(name, [finite(model[key]) for model in models], look=look)
+              for (key, name), look in zip(shares.items(), ("p1", "p2"), strict=True)], percent=True, zero=True, show=share),
     ]  # fmt: skip
-    head = ("model", *rewards)
-    parts = [folded("Scores <small>mean ± standard deviation over images</small>", table(head, raw, "Scores"))]
-    if compared:
-        parts += [
-            folded(f"Change in units of the base's standard deviation <small>{level} intervals</small>",
-                   table(head, every("standardised", intervals.with_bounds), "Standardised change")),
-            folded(f"Change on the rewards' own scales <small>{level} intervals</small>",
-                   table(head, every("difference", lambda cell: intervals.with_bounds(cell, change)), "Change")),
-            folded(f"Win rates <small>{level} intervals</small>",
-                   table(head, every("win_rate", lambda cell: intervals.with_bounds(cell, share)), "Win rates")),
-        ]  # fmt: skip
-    columns = ("model", "reward queries", "updates", "diversity", "all rewards rise", "trained rises, others fall", "change of agreement")
-    parts.append(folded("Diversity, prompts, agreement and cost", table(columns, other, "Diversity, prompts, agreement and cost")))
-    return "".join(parts)
+
+
+def _lines(result: Mapping[str, Any], run: Entry, what: str) -> list[Series]:
+    """A line per reward over the checkpoints of a run."""
+    colours, models = looks(result["rewards"], run["trained_reward"]), tables.models_of(result, run)
+    cells = {name: [model["rewards"][name][what] for model in models] for name in result["rewards"]}
+    return [_estimates(name, cells[name], colours[name], role(name, *training(run))) for name in result["rewards"]]
+
+
+def _places(models: Sequence[Entry]) -> tuple[list[float], str]:
+    """Where checkpoints are on the x axis: by epoch where all have one, else one after another."""
+    epochs = [model["epoch"] for model in models]
+    if None not in epochs and epochs == sorted(set(epochs)):
+        return epochs, "epoch"
+    return list(range(1, len(models) + 1)), "checkpoint"
+
+
+def _estimates(name: str, cells: Sequence[Entry | None], look: str = "p1", note: str = "") -> Series:
+    """A line of {"mean", "low", "high"}, each of which may be null."""
+    return Series(name, *([None if cell is None else finite(cell.get(key)) for cell in cells] for key in ("mean", "low", "high")), look, note)
+
+
+def _mean(cell: Entry | None) -> float | None:
+    return None if cell is None else finite(cell.get("mean"))

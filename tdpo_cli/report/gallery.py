@@ -8,99 +8,53 @@ from pathlib import Path
 from typing import Any
 
 from tdpo_cli.report import pictures
-from tdpo_cli.report.html import data, escape, table
 from tdpo_cli.report.numbers import change, finite, known, short, spread
 
 THUMBNAIL = 256  # px, where images are too large to be embedded as they are
-FEW_PROMPTS, FEW_IMAGES = 8, 2  # what is kept of prompts and of images per prompt before checkpoints are left out
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What of a cross-evaluation is on the page: places in its lists."""
+    """What of a cross-evaluation is on the page, of every model: places of prompts, images per prompt."""
 
-    models: Sequence[int]
     prompts: Sequence[int]
-    images: Sequence[int]
+    per_prompt: int
     thumbnails: bool
 
 
-def render(result: Mapping[str, Any], folder: Path, budget: int = pictures.BUDGET) -> str:
-    """The controls, the images and the scores of the chosen prompt; nothing if no image is there."""
-    models = result["models"]
-    shown = choose(result, folder, budget)
-    compared = [m for m in shown.models if models[m]["base"] is not None]
-    if not compared:
-        return ""
-    place = {models[m]["name"]: i for i, m in enumerate(shown.models)}
-    images = [[[_uri(_file(folder, models[m], p, i), shown.thumbnails) for i in shown.images] for p in shown.prompts] for m in shown.models]
+def gallery(result: Mapping[str, Any], folder: Path, budget: int = pictures.BUDGET) -> dict[str, Any] | None:
+    """What gallery.html needs; None if no image is there."""
+    models, shown = result["models"], choose(result, folder, budget)
+    compared = [m for m, model in enumerate(models) if model["base"] is not None]
+    if not compared or shown is None:
+        return None
+    place = {model["name"]: m for m, model in enumerate(models)}
+    uris = lambda model, p: [_uri(_file(folder, model, p, i), shown.thumbnails) for i in range(shown.per_prompt)]
     content = {
-        "images": images,
+        "images": [[uris(model, p) for p in shown.prompts] for model in models],
         "prompts": [result["prompts"][p] for p in shown.prompts],
-        "models": [models[m]["name"] for m in shown.models],
-        "bases": [place.get(models[m]["base"], place[models[m]["name"]]) for m in shown.models],
-        "scores": [[_scores(result, m, p) for p in shown.prompts] for m in shown.models],
+        "models": list(place),
+        "bases": [place.get(model["base"], m) for m, model in enumerate(models)],
+        "scores": [[_scores(result, m, p) for p in shown.prompts] for m in range(len(models))],
     }
-    first = place[models[compared[-1]]["name"]]
-    prompts = "".join(f'<option value="{i}">{escape(text)}</option>' for i, text in enumerate(content["prompts"]))
-    options = "".join(
-        f'<option value="{place[models[m]["name"]]}"{" selected" if place[models[m]["name"]] == first else ""}>{escape(models[m]["name"])}</option>'
-        for m in compared
-    )
-    rows = [[escape(name), *content["scores"][first][0][i]] for i, name in enumerate(result["rewards"])]
-    pair = "".join(_column(content, side, index, shown.thumbnails) for side, index in (("left", content["bases"][first]), ("right", first)))
-    return (
-        f'<div class="compare"><div class="controls"><label>prompt <select class="prompt">{prompts}</select></label>{_buttons("prompt")}</div>'
-        f'<div class="controls"><label>checkpoint <select class="model">{options}</select></label>{_buttons("model")}</div>'
-        f'<div class="pair">{pair}</div>'
-        f"{table(('mean score', 'base', 'checkpoint', 'difference'), rows, 'Scores of the chosen prompt')}"
-        f"{_left_out(result, shown)}{data(content, 'images')}</div>"
-    )
+    rows = [[name, *cells] for name, cells in zip(result["rewards"], content["scores"][compared[-1]][0], strict=True)]
+    return {"content": content, "compared": compared, "pixels": not shown.thumbnails, "rows": rows, "left_out": _left_out(result, shown)}
 
 
-def choose(result: Mapping[str, Any], folder: Path, budget: int) -> Shown:
-    """What fits into `budget` bytes: all, or smaller images, then fewer per prompt, fewer prompts, fewer checkpoints; the last ones always stay."""
-    models, per_prompt = result["models"], result["per_prompt"]
-    everything = Shown(range(len(models)), range(len(result["prompts"])), range(per_prompt), False)
-    sample = [picture for m in models for p in (0, len(result["prompts"]) - 1) if (picture := pictures.read(_file(folder, m, p, 0)))]
+def choose(result: Mapping[str, Any], folder: Path, budget: int) -> Shown | None:
+    """What fits into `budget` bytes: all, or smaller images, then fewer per prompt, then fewer prompts. None if there are no images."""
+    models, prompts, per_prompt = result["models"], len(result["prompts"]), result["per_prompt"]
+    sample = [picture for m in models for p in (0, prompts - 1) if (picture := pictures.read(_file(folder, m, p, 0)))]
     if not sample:
-        return Shown([], [], [], False)
-    count = len(models) * len(result["prompts"]) * per_prompt
-    if count * _mean_size(sample) <= budget:
-        return everything
+        return None
+    if len(models) * prompts * per_prompt * _mean_size(sample) <= budget:
+        return Shown(range(prompts), per_prompt, False)
     thumbnails = max(picture.width for picture in sample) > THUMBNAIL
     if thumbnails:
         sample = [pictures.as_jpeg(picture, THUMBNAIL) for picture in sample[:12]]
-    m, p, k = fitting(len(models), len(result["prompts"]), per_prompt, int(budget / (1.1 * _mean_size(sample))))
-    lasts = {i for i, one in enumerate(models) if one["base"] is None or i + 1 == len(models) or models[i + 1]["run"] != one["run"]}
-    others = [i for i in range(len(models)) if i not in lasts]
-    kept = sorted(lasts | set(spread(others, max(0, m - len(lasts)))))
-    return Shown(kept, spread(everything.prompts, p), range(k), thumbnails)
-
-
-def fitting(models: int, prompts: int, per_prompt: int, room: int) -> tuple[int, int, int]:
-    """(models, prompts, images per prompt) with at most `room` images in all, as far as the smallest page allows."""
-    k = max(min(per_prompt, FEW_IMAGES), min(per_prompt, room // (models * prompts)))
-    p = max(min(prompts, FEW_PROMPTS), min(prompts, room // (models * k)))
-    m = max(min(models, 2), min(models, room // (p * k)))
-    return m, max(1, min(p, room // (m * k))), k
-
-
-def _column(content: Mapping[str, Any], side: str, index: int, thumbnails: bool) -> str:
-    uris = content["images"][index][0]
-    tiles = "".join(f'<img {f"""src="{uri}" """ if uri else "hidden "}alt="{escape(content["models"][index])}">' for uri in uris)
-    return (
-        f'<figure class="{side}"><figcaption>{escape(content["models"][index])}</figcaption>'
-        f'<div class="tiles{"" if thumbnails else " pixels"}" style="--n:{min(4, len(uris))}">{tiles}</div></figure>'
-    )
-
-
-def _buttons(of: str) -> str:
-    name = {"prompt": "prompt", "model": "checkpoint"}[of]
-    return "".join(
-        f'<button type="button" data-of="{of}" data-by="{by}" aria-label="{word} {name}">{sign}</button>'
-        for by, word, sign in ((-1, "previous", "◀"), (1, "next", "▶"))
-    )
+    room = int(budget / (1.1 * _mean_size(sample))) // len(models)  # images of each model
+    few = max(1, min(per_prompt, room // prompts))
+    return Shown(spread(range(prompts), max(1, room // few)), few, thumbnails)
 
 
 def _scores(result: Mapping[str, Any], m: int, p: int) -> list[list[str]]:
@@ -119,12 +73,11 @@ def _mean(scores: Sequence[Sequence[float | None]] | None, p: int) -> float | No
 
 
 def _left_out(result: Mapping[str, Any], shown: Shown) -> str:
-    totals = ((shown.models, len(result["models"]), "models"), (shown.prompts, len(result["prompts"]), "prompts"),
-              (shown.images, result["per_prompt"], "images per prompt"))  # fmt: skip
-    parts = [f"{len(kept)} of {total} {what}" for kept, total, what in totals if len(kept) < total]
+    totals = ((len(shown.prompts), len(result["prompts"]), "prompts"), (shown.per_prompt, result["per_prompt"], "images per prompt"))
+    parts = [f"{kept} of {total} {what}" for kept, total, what in totals if kept < total]
     if shown.thumbnails:
         parts.append(f"images as JPEG of at most {THUMBNAIL} px")
-    return f"<p class=note>To keep this file small it holds {escape(', '.join(parts))}. All are in images/.</p>" if parts else ""
+    return f"To keep this file small it holds {', '.join(parts)}. All are in images/." if parts else ""
 
 
 def _file(folder: Path, model: Mapping[str, Any], prompt: int, image: int) -> Path:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from tdpo_cli import __version__
-from tdpo_cli.config.preset import Model, Preset
+from tdpo_cli.config.settings import Model, Preset
 from tdpo_cli.errors import WorkError
 from tdpo_cli.models import T5
 from tdpo_cli.models.lora_file import FILE as LORA_FILE
 from tdpo_cli.overoptimisation import verdict
+from tdpo_cli.report import cross_eval_tables as tables
 from tdpo_cli.sandbox import EMBEDDED, ZOO, is_embedded
 from tdpo_cli.storage import run_dir
 
@@ -201,9 +202,8 @@ def _cross_eval(model: Mapping[str, Any], result: Mapping[str, Any]) -> str:
         ours, theirs = model["rewards"][name], base["rewards"][name]
         trained = model.get("trained_weights") or [model["trained_reward"]]
         role = "trained" if name in trained else "constraint" if name in model.get("constraints", []) else ""
-        rows.append(
-            (f"`{_short(name)}`", role, _number(theirs["mean"]), _number(ours["mean"]), _interval(ours["standardised"]), _percent(ours["win_rate"]))
-        )
+        numbers = (_number(theirs["mean"]), _number(ours["mean"]), tables.interval(ours["standardised"]), _percent(ours["win_rate"]))
+        rows.append((f"`{_short(name)}`", role, *numbers))
     told = next((run["verdict"]["sentence"] for run in result["runs"] if run["run"] == model["run"]), None)
     level = f"{100 * result['bootstrap']['level']:g} %"
     how = (
@@ -212,17 +212,10 @@ def _cross_eval(model: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     )
     parts = ["## Cross-evaluation", how, _table(("reward", "", "base", "this", "difference", "better than the base"), rows)]
     if model.get("diversity_difference"):
-        parts.append(f"Diversity against the base model: {_interval(model['diversity_difference'], 4)}.")
+        parts.append(f"Diversity against the base model: {tables.interval(model['diversity_difference'], 4)}.")
     if told:
         parts.append(f"Over the run's checkpoints: {told}.")
     return "\n\n".join(parts)
-
-
-def _interval(one: Mapping[str, float | None] | None, digits: int = 2) -> str:
-    if one is None or one["mean"] is None:
-        return "-"
-    known = one["low"] is not None and one["high"] is not None
-    return f"{one['mean']:+.{digits}f}" + (f" [{one['low']:+.{digits}f}, {one['high']:+.{digits}f}]" if known else "")
 
 
 def _percent(one: Mapping[str, float | None] | None) -> str:
@@ -235,8 +228,7 @@ def _number(value: float | None) -> str:
 
 # --- words ------------------------------------------------------------------------------------------------------------------
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *([cell.replace("|", r"\|") for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(tables.markdown(columns, rows))
 
 
 def _on_the_hub(base: str) -> bool:

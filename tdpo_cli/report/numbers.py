@@ -35,17 +35,6 @@ def ticks(low: float, high: float, count: int = 5, whole: bool = False) -> list[
     return [_clean(i * step, step) for i in range(first, last + 1)]
 
 
-def log_ticks(low: float, high: float) -> list[float]:
-    """At most seven powers of ten in [low, high], with 2 and 5 times them where there are fewer than two. 0 < low < high."""
-    first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
-    powers = [10.0**i for i in range(first, last + 1, max(1, -(-(last - first) // 6)))]
-    if len(powers) >= 2:
-        return powers
-    fine = [factor * 10.0**i for i in range(first - 1, last + 2) for factor in (1, 2, 5)]
-    fine = [tick for tick in fine if low <= tick <= high]
-    return fine if len(fine) >= 2 else ticks(low, high)
-
-
 def tick_labels(values: Sequence[float], percent: bool = False) -> tuple[list[str], str]:
     """Labels with the decimals that the step needs, and a common factor such as ×10⁻⁴, or nothing, to stand above the axis."""
     if percent:
@@ -59,11 +48,6 @@ def tick_labels(values: Sequence[float], percent: bool = False) -> tuple[list[st
     decimals = max(0, -math.floor(math.log10(step) + 1e-9)) if step > 0 else 0
     labels = [_minus(f"{value:.{decimals}f}") + ("%" if percent else "") for value in scaled]
     return labels, f"×10{str(exponent).translate(_SUPERSCRIPT)}" if exponent else ""
-
-
-def log_labels(values: Sequence[float]) -> list[str]:
-    """0.001 to 10000 in full, others as powers of ten."""
-    return [f"{value:g}" if 1e-4 < value < 1e5 else _power(value) for value in values]
 
 
 def short(value: float | None, digits: int = 3) -> str:
@@ -85,6 +69,10 @@ def signed(value: float | None, decimals: int = 2) -> str:
         return "–"
     text = f"{value:+.{decimals}f}"
     return _minus(text) if text.strip("+-0.") else text[1:]
+
+
+def signed_sd(value: float | None) -> str:
+    return "–" if value is None else f"{signed(value)} sd"
 
 
 def change(value: float | None, digits: int = 3) -> str:
@@ -114,12 +102,6 @@ def _step(rough: float) -> float:
 def _clean(value: float, step: float) -> float:
     """0.30000000000000004 -> 0.3"""
     return round(value, max(0, 2 - math.floor(math.log10(step)))) + 0.0
-
-
-def _power(value: float) -> str:
-    exponent = math.floor(math.log10(value) + 1e-9)
-    factor = round(value / 10.0**exponent)
-    return ("" if factor == 1 else f"{factor}×") + f"10{str(exponent).translate(_SUPERSCRIPT)}"
 
 
 def _minus(text: str) -> str:

@@ -1,4 +1,4 @@
-"""How rewards and verdicts look on every page: a colour each, the truth dashed, the sentence that judges a run in a box."""
+"""How rewards and verdicts look on every page: a colour each, the truth dashed, a mood for the box of a verdict."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from tdpo_cli.report.charts import OTHERS
-from tdpo_cli.report.html import escape
 
 TRUE_REWARD = "gold"  # the sandbox's: it is shown, and judges nothing
 TRUE_NOTE = "true reward, never read by the verdict"
-# kind of verdict -> class of page.css
-MOODS = {"over-optimising": "bad", "declining": "bad", "doubtful": "early", "stalled": "early", "improving": "good"}
 
 
 def looks(rewards: Sequence[str], trained: str | None) -> dict[str, str]:
@@ -32,5 +29,6 @@ def training(run: Mapping[str, Any]) -> tuple[Collection[str], Collection[str]]:
     return run.get("trained_weights") or [run["trained_reward"]], run.get("constraints", [])
 
 
-def verdict_box(sentence: str, kind: str) -> str:
-    return f'<p class="verdict {MOODS.get(kind, "")}">{escape(sentence)}</p>'
+def mood(kind: str) -> str:
+    """Kind of a verdict -> class of page.css."""
+    return {"over-optimising": "bad", "declining": "bad", "doubtful": "early", "stalled": "early", "improving": "good"}.get(kind, "")

@@ -66,17 +66,11 @@ class Frames:
     left_out: str  # a sentence, or nothing
 
 
-ENOUGH = 60  # with room for fewer, JPEG serves the reader better than PNG
-
-
 def fit(files: Sequence[Path], budget: int = BUDGET, widest: int = 1200) -> Frames:
     """As many of the files as fit, evenly spaced, the first and the last among them; as JPEG where PNGs are too large."""
     sizes = {i: size for i, file in enumerate(files) if (size := _size(file))}
     if sum(sizes.values()) <= budget:
         return _frames(files, list(sizes), None)
-    room = budget * len(sizes) // sum(sizes.values())
-    if room >= min(len(sizes), ENOUGH):
-        return _frames(files, spread(list(sizes), max(2, room)), None)
     sample = read(files[max(sizes, key=sizes.__getitem__)])
     each = len(as_jpeg(sample, widest).content) if sample else max(sizes.values())
     return _frames(files, spread(list(sizes), max(2, int(budget / (1.1 * each)))), widest)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.settings import Preset
 from tdpo_cli.console import Console, size
-from tdpo_cli.errors import RequestError, WorkError
+from tdpo_cli.errors import RequestError
 from tdpo_cli.overoptimisation import verdict
 from tdpo_cli.report import compare_page, html
 from tdpo_cli.report import run_page as page
@@ -88,5 +88,5 @@ def write_or_warn(folder: Path, warn: Callable[[str], None]) -> None:
     """At the end of a run: a page that cannot be written does not fail the training that it shows."""
     try:
         write(folder)
-    except (RequestError, WorkError, OSError) as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, the run is finished and saved
         warn(f"no report.html: {error} `tdpo report {folder}` writes it later.")

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from tdpo_cli import __version__
-from tdpo_cli.config.preset import Preset
+from markupsafe import Markup
+
+from tdpo_cli.config.settings import Preset, describe
 from tdpo_cli.console import duration
-from tdpo_cli.report import health, previews, tables
+from tdpo_cli.report import health, previews
 from tdpo_cli.report.charts import Chart, Rows, Series, column, line_chart
-from tdpo_cli.report.html import escape, facts, page, section, table
-from tdpo_cli.report.numbers import finite, known, short, signed, spread
-from tdpo_cli.report.palette import looks, role, verdict_box
+from tdpo_cli.report.html import page
+from tdpo_cli.report.numbers import finite, known, short, signed_sd, spread
+from tdpo_cli.report.palette import looks, mood, role
 from tdpo_cli.storage.run_dir import RunDir
 
 MOST_POINTS = 1000  # epochs drawn; of longer runs every n-th
-PREVIEWS = "Fixed prompts and noise, sampled apart from training: from epoch to epoch only the policy changes."
 
 
 class Verdict(Protocol):
@@ -36,30 +37,24 @@ def render(folder: Path, rows: Rows, verdict: Verdict, rises: Mapping[str, float
     Raises RequestError if there is no run or a file of it is damaged.
     """
     run = RunDir(folder)
-    preset = run.read_preset()
-    name = folder.resolve().name
+    preset, name = run.read_preset(), folder.resolve().name
     drawn = [rows[i] for i in spread(range(len(rows)), MOST_POINTS)]
-    body = [
-        _header(name, preset, rows, verdict),
-        section("Rewards", _rewards(drawn, rows, preset, verdict, rises), _thinned(drawn, rows)),
-        section("Pictures", previews.render(folder, preset.run.preview_images), PREVIEWS),
-        section("Each reward on its own scale", _raw(drawn, preset, verdict)),
-        section("Policy", health.policy(drawn, preset)),
-        section("Critic", health.critic(drawn, rows, preset)),
-        section("Time and memory", health.resources(drawn)),
-        section("Settings", tables.settings(preset), "Highlighted: what differs from the defaults."),
-        section("Environment", tables.environment(run.read_environments()), "One entry per start or resume."),
-        section("Numbers", tables.numbers(rows)),
-        f"<footer><p>Made by tdpo {escape(__version__)} from metrics.jsonl, preset.json, env.json and images/ of the run folder.</p></footer>",
-    ]
-    return page(f"{name} - tdpo", "\n".join(body))
+    resets = [row["epoch"] for row in rows if finite(row.get("reset"))]
+    lines = [_standardised(drawn, reward, preset) for reward in dict.fromkeys((preset.trained, *preset.rewards))] if rows else []
+    return page(
+        "run.html", f"{name} - tdpo", name=name, rows=rows, preset=preset, verdict=verdict, mood=mood(verdict.kind), facts=_facts(preset, rows),
+        cautions=health.skipped_steps(rows), thinned=len(drawn) if len(drawn) < len(rows) else None,
+        common_scale=_common_scale(drawn, lines, verdict), unknown=[series.name for series in lines if not known(series.values)],
+        rewards=_rewards(rows, preset, rises) if rows else [], strip=previews.strip(folder),
+        raw=[_raw(drawn, reward, preset, verdict) for reward in preset.rewards], policy=health.policy(drawn, preset),
+        critic=health.critic(drawn, resets, preset), resets=health.resets_in_words(preset, resets), resources=health.resources(drawn),
+        settings=_settings(preset), environment=_environment(run.read_environments()),
+    )  # fmt: skip
 
 
-# --- the top ------------------------------------------------------------------------------------------------------------
-def _header(name: str, preset: Preset, rows: Rows, verdict: Verdict) -> str:
-    seconds = sum(known(column(rows, "seconds/total")))
+def _facts(preset: Preset, rows: Rows) -> list[tuple[str, object]]:
     done = f"{len(rows)} of {preset.run.epochs}" + ("" if len(rows) >= preset.run.epochs else " so far")
-    pairs = [
+    return [
         ("algorithm", preset.algorithm.name.upper()),
         ("trained reward", preset.trained_words),
         *([("constraints", preset.constraints_words)] if preset.reward.at_least else []),
@@ -67,40 +62,18 @@ def _header(name: str, preset: Preset, rows: Rows, verdict: Verdict) -> str:
         ("epochs", done),
         ("reward queries", f"{rows[-1].get('reward_queries') or 0:,}" if rows else "0"),
         ("seed", preset.run.seed),
-        ("time", duration(seconds)),
+        ("time", duration(sum(known(column(rows, "seconds/total"))))),
         *([("checkpoints", "hold a moving average of the weights; rewards are of the weights themselves")] if preset.update.ema_decay > 0 else []),
     ]
-    judged = verdict_box(verdict.sentence, verdict.kind)
-    return f"<header><p class=eyebrow>tdpo run report</p><h1>{escape(name)}</h1>{judged}{facts(pairs)}{_warnings(rows)}</header>"
-
-
-def _warnings(rows: Rows) -> str:
-    said = []
-    for key, what in (("skipped_steps", "skipped for a non-finite loss or gradient"), ("overflowed_steps", "skipped while the loss scale adapted")):
-        epochs = [(row["epoch"], row[key]) for row in rows if finite(row.get(key))]
-        if epochs:
-            shown = ", ".join(f"{epoch}" for epoch, _ in epochs[:12]) + (", …" if len(epochs) > 12 else "")
-            said.append(f"<p class=caution>Optimizer steps {what}: {sum(count for _, count in epochs):g}, in epoch {shown}.</p>")
-    return "".join(said)
-
-
-def _thinned(drawn: Rows, rows: Rows) -> str:
-    return "" if len(drawn) == len(rows) else f"The charts of this page draw {len(drawn):,} of {len(rows):,} epochs, evenly spaced."
 
 
 # --- rewards ------------------------------------------------------------------------------------------------------------
-def _rewards(drawn: Rows, rows: Rows, preset: Preset, verdict: Verdict, rises: Mapping[str, float | None]) -> str:
-    if not rows:
-        return "<p>There will be curves once an epoch is finished.</p>"
-    lines = [_standardised(drawn, name, preset) for name in dict.fromkeys((preset.trained, *preset.rewards))]
-    chart = Chart(
-        "All rewards on a common scale", column(drawn, "epoch"), lines,
+def _common_scale(rows: Rows, lines: Sequence[Series], verdict: Verdict) -> Markup:
+    return line_chart(Chart(
+        "All rewards on a common scale", column(rows, "epoch"), lines,
         note="Rise since epoch 0, in units of epoch 0's standard deviation. Bands: ±1 standard error of the epoch's mean.",
-        baseline=0.0, since=_since(verdict), show=lambda value: "–" if value is None else f"{signed(value)} sd",
-    )  # fmt: skip
-    unknown = [name for name in preset.rewards if not known(_standardised(drawn, name, preset).values)]
-    missing = f"<p class=note>Not drawn, because epoch 0 has no mean or no spread: {escape(', '.join(unknown))}.</p>" if unknown else ""
-    return line_chart(chart, wide=True) + missing + _table_of_rewards(rows, preset, rises)
+        baseline=0.0, since=_since(verdict), show=signed_sd,
+    ), wide=True)  # fmt: skip
 
 
 def _standardised(rows: Rows, name: str, preset: Preset) -> Series:
@@ -111,14 +84,10 @@ def _standardised(rows: Rows, name: str, preset: Preset) -> Series:
     return _reward(rows, name, preset, start, spread, name, _role(name, preset))
 
 
-def _raw(rows: Rows, preset: Preset, verdict: Verdict) -> str:
-    charts = []
-    for name in preset.rewards:
-        label = "trained" if name in preset.weights else "watched"
-        series = _reward(rows, name, preset, 0.0, 1.0, label, role(name, (), preset.reward.at_least))
-        charts.append(line_chart(Chart(name, column(rows, "epoch"), [series], since=_since(verdict, said=False))))
-    note = f"Mean of the epoch's {preset.rollout.samples_per_epoch:,} training samples. Band: ±1 standard error, std/√n."
-    return f"<p class=lead>{escape(note)}</p><div class=charts>{''.join(charts)}</div>" if any(charts) else ""
+def _raw(rows: Rows, name: str, preset: Preset, verdict: Verdict) -> Markup:
+    label = "trained" if name in preset.weights else "watched"
+    series = _reward(rows, name, preset, 0.0, 1.0, label, role(name, (), preset.reward.at_least))
+    return line_chart(Chart(name, column(rows, "epoch"), [series], since=_since(verdict, said=False)))
 
 
 def _reward(rows: Rows, name: str, preset: Preset, start: float, unit: float, label: str, note: str) -> Series:
@@ -130,17 +99,16 @@ def _reward(rows: Rows, name: str, preset: Preset, start: float, unit: float, la
     return Series(label, values, *zip(*pairs, strict=True), looks(preset.rewards, preset.trained)[name], note)
 
 
-def _table_of_rewards(rows: Rows, preset: Preset, rises: Mapping[str, float | None]) -> str:
+def _rewards(rows: Rows, preset: Preset, rises: Mapping[str, float | None]) -> list[Sequence[Any]]:
+    """Cells of the table: name, rise, first and last mean, highest."""
     cells = []
     for name in dict.fromkeys((preset.trained, *preset.rewards)):
         means = column(rows, f"rewards/{name}/mean")
         best = max(((value, row["epoch"]) for value, row in zip(means, rows, strict=True) if value is not None), default=None)
-        highest = "–" if best is None else f"{short(best[0])} <small>at epoch {best[1]}</small>"
-        rise = f"{signed(rises[name])} sd" if rises.get(name) is not None else "–"
-        cells.append((f"{escape(name)} <small>{escape(_role(name, preset))}</small>", f"<b>{rise}</b>", short(means[0]), short(means[-1]), highest))
-    head = ("reward", "rise", f"epoch {rows[0]['epoch']}", f"epoch {rows[-1]['epoch']}", "highest")
-    note = "Rise: mean of the last fifth of the epochs minus mean of the first fifth, divided by epoch 0's standard deviation."
-    return table(head, cells, "Rewards") + f"<p class=note>{note}</p>"
+        highest = "–" if best is None else (short(best[0]), f"at epoch {best[1]}")
+        rise = Markup("<b>{}</b>").format(signed_sd(rises.get(name)))
+        cells.append(((name, _role(name, preset)), rise, short(means[0]), short(means[-1]), highest))
+    return cells
 
 
 def _role(name: str, preset: Preset) -> str:
@@ -149,3 +117,30 @@ def _role(name: str, preset: Preset) -> str:
 
 def _since(verdict: Verdict, said: bool = True) -> tuple[float, str] | None:
     return None if verdict.since is None else (verdict.since, f"{verdict.kind} since epoch {verdict.since}" if said else "")
+
+
+# --- what the run folder records ------------------------------------------------------------------------------------------
+def _settings(preset: Preset) -> list[list[str]]:
+    """Rows of the settings that differ from the defaults: key with its meaning, value, default."""
+    now, default = preset.as_dict(), Preset().as_dict()
+    return [
+        [Markup("{}<small>{}</small>").format(key, meaning), _setting(now[section][name]), _setting(default[section][name])]
+        for key, _, _, meaning in describe()
+        for section, _, name in [key.partition(".")]
+        if now[section][name] != default[section][name]
+    ]
+
+
+def _setting(value: Any) -> str:
+    if value is None or value in ("", [], {}):
+        return "not set" if value is None else "empty" if value == "" else "none"
+    if isinstance(value, (list, dict)):
+        return ", ".join(map(str, value)) if isinstance(value, list) else ", ".join(f"{name} = {path}" for name, path in value.items())
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _environment(entries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Rows of env.json: a key, and its value at every start."""
+    flat = [{**entry, **(entry.get("versions") or {})} for entry in entries]
+    keys = [key for key in dict.fromkeys(key for entry in flat for key in entry) if key != "versions"]
+    return [[key, *(_setting(entry.get(key)) for entry in flat)] for key in keys]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tdpo_cli.report.html import escape
+from markupsafe import escape
 
 
 @dataclass(frozen=True)
 class Frame:
-    """The plotting area of an SVG of `width` x `height` units, and where numbers lie in it."""
+    """The plotting area of an SVG of `width` x `height` units, and where numbers are in it."""
 
     width: float
     height: float
@@ -21,7 +20,6 @@ class Frame:
     bottom: float
     x_span: tuple[float, float]
     y_span: tuple[float, float]
-    log: bool = False  # the y axis
 
     @property
     def floor(self) -> float:
@@ -37,40 +35,18 @@ class Frame:
 
     def y(self, value: float) -> float:
         low, high = self.y_span
-        if self.log:
-            low, high, value = math.log10(low), math.log10(high), math.log10(value)
         return self.floor - (value - low) / (high - low) * (self.floor - self.top)
 
-    def x_axis(self, ticks: Sequence[float], labels: Sequence[str], baseline: float | None = None, grid: bool = False) -> str:
-        parts = []
-        for tick, label in zip(ticks, labels, strict=True):
-            x = self.x(tick)
-            parts.append(line(x, self.top if grid else self.floor, x, self.floor if grid else self.floor + 4, "base" if tick == baseline else "grid"))
-            parts.append(text(x, self.floor + 17, label, "middle"))
-        return "".join(parts)
 
-    def y_axis(self, ticks: Sequence[float], labels: Sequence[str], baseline: float | None = None) -> str:
-        parts = []
-        for tick, label in zip(ticks, labels, strict=True):
-            y = self.y(tick)
-            parts.append(line(self.left, y, self.end, y, "base" if tick == baseline else "grid") + text(self.left - 7, y + 4, label, "end"))
-        return "".join(parts)
-
-
-def span(values: Sequence[float], zero: bool = False, log: bool = False) -> tuple[float, float]:
-    """(low, high) around all values with some room, low < high; `zero` begins (or ends) at 0; `log` asks for positive values."""
+def span(values: Sequence[float], zero: bool = False) -> tuple[float, float]:
+    """(low, high) around all values with some room, low < high; `zero` begins (or ends) at 0."""
     low, high = min(values), max(values)
-    if log:
-        room = max(0.04 * math.log10(high / low), 0.05)
-        return low / 10**room, high * 10**room
     if zero:
         low, high = min(low, 0.0), max(high, 0.0)
     room = 0.05 * (high - low)
     if room <= 1e-9 * max(abs(low), abs(high)):
         room = abs(high) * 0.1 or 0.5
-    if zero and low == high == 0:
-        return 0.0, room
-    return low if zero and low == 0 else low - room, high if zero and high == 0 else high + room
+    return low if zero and low == 0 else low - room, high if zero and high == 0 < -low else high + room
 
 
 def stretches(*columns: Sequence[float | None]) -> list[tuple[int, int]]:
@@ -92,8 +68,8 @@ def apart(heights: Sequence[float], distance: float, low: float, high: float) ->
     return moved
 
 
-def drawing(width: float, height: float, label: str, inside: str, kind: str = "", more: str = "") -> str:
-    return f'<svg class="{kind}" viewBox="0 0 {number(width)} {number(height)}" role="img" aria-label="{escape(label)}"{more}>{inside}</svg>'
+def group(look: str, inside: str) -> str:
+    return f'<g class="{look}">{inside}</g>'
 
 
 def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
@@ -111,10 +87,6 @@ def circle(x: float, y: float, radius: float, kind: str = "dot") -> str:
 def polyline(points: Sequence[tuple[float, float]]) -> str:
     """The `d` of a path."""
     return "M" + "L".join(f"{number(x)},{number(y)}" for x, y in points)
-
-
-def cut(words: str, length: int) -> str:
-    return words if len(words) <= length else words[: length - 1] + "…"
 
 
 def number(value: float) -> str:

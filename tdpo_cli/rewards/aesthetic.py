@@ -16,6 +16,7 @@ from torch.nn.functional import normalize
 from tdpo_cli.rewards import files
 from tdpo_cli.rewards.backbones import Backbones
 from tdpo_cli.rewards.networks import CLIP_HUB, ClipBackbone, ScoreHead
+from tdpo_cli.rewards.preprocess import Square
 
 HEAD_HUB, HEAD_HUB_FILE = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"
 HEAD_FILE = "sac+logos+ava1-l14-linearMSE.pth"  # the same weights, as LAION published them
@@ -30,6 +31,11 @@ class Aesthetic:
         self.head = head
         self.variant = variant
         self.crop_offset = "floor" if variant == "tdpo" else "round"  # transformers' and torchvision's central crop
+
+    @property
+    def square(self) -> Square:
+        """What `score` sees of an image; the square alone gets the same score."""
+        return self.clip.image_size, self.crop_offset
 
     @torch.no_grad()
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from tdpo_cli.rewards import files
 from tdpo_cli.rewards.backbones import Backbones
 from tdpo_cli.rewards.networks import OpenClipBackbone, cosine
+from tdpo_cli.rewards.preprocess import Square
 
 HUB = "xswu/HPSv2"
 WEIGHTS = {"hpsv2": "HPS_v2_compressed.pt", "hpsv2.1": "HPS_v2.1_compressed.pt"}
@@ -30,6 +31,11 @@ class HPSv2:
         self.checkpoint = checkpoint
         self.variant = variant
         self.framing = "floor" if variant == "tdpo" else "letterbox"
+
+    @property
+    def square(self) -> Square | None:
+        """What `score` sees of an image; the square alone gets the same score. None with black bars."""
+        return None if self.framing == "letterbox" else (self.clip.image_size, self.framing)
 
     @torch.no_grad()
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -19,7 +19,7 @@ from tdpo_cli.errors import RewardError
 from tdpo_cli.rewards import files
 from tdpo_cli.rewards.backbones import Backbones
 from tdpo_cli.rewards.networks import FrozenImageEncoder, ScoreHead
-from tdpo_cli.rewards.preprocess import OPENAI_MEAN, OPENAI_STD, CropOffset
+from tdpo_cli.rewards.preprocess import OPENAI_MEAN, OPENAI_STD, CropOffset, Square
 
 HUB = "THUDM/ImageReward"
 VOCABULARY_HUB = "google-bert/bert-base-uncased"
@@ -39,6 +39,11 @@ class ImageReward:
         self.checkpoint = checkpoint
         self.variant = variant
         self.crop_offset = "floor" if variant == "tdpo" else "round"  # transformers' and torchvision's central crop
+
+    @property
+    def square(self) -> Square:
+        """What `score` sees of an image; the square alone gets the same score."""
+        return self.blip.image_size, self.crop_offset
 
     @torch.no_grad()
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from tdpo_cli.rewards import files
 from tdpo_cli.rewards.backbones import Backbones
 from tdpo_cli.rewards.networks import ClipBackbone, cosine
+from tdpo_cli.rewards.preprocess import Square
 
 HUB = "yuvalkirstain/PickScore_v1"
 TOKENIZER_HUB = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # where PickScore's own example takes its processor from
@@ -26,6 +27,11 @@ class PickScore:
     def __init__(self, clip: ClipBackbone, variant: str):
         self.clip = clip
         self.variant = variant
+
+    @property
+    def square(self) -> Square:
+        """What `score` sees of an image; the square alone gets the same score."""
+        return self.clip.image_size, "floor"
 
     @torch.no_grad()
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 CropOffset = Literal["floor", "round"]
 Framing = Literal["floor", "round", "letterbox"]  # how any image becomes a square: a central crop, or black bars
+Square = tuple[int, CropOffset]  # the central square that a network sees: its side, where the crop begins
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, RGB in [0,1]
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -91,19 +92,33 @@ def _shortest_to(size: int, height: int, width: int) -> tuple[int, int]:
     return (longest, size) if height >= width else (size, longest)
 
 
+def square_of(picture: Image.Image, square: Square) -> Tensor:
+    """An RGB picture's central square, as `resize_crop` makes it: [3,size,size] uint8."""
+    size, crop_offset = square
+    if max(_shortest_to(size, picture.height, picture.width)) <= _PILLOW_RATIO * size:
+        levels = np.asarray(_by_pillow(picture, size, crop_offset))
+        return torch.from_numpy(levels.copy()).permute(2, 0, 1)
+    levels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)
+    return resize_crop(levels[None], size, crop_offset)[0].to(torch.uint8)
+
+
+def _by_pillow(picture: Image.Image, size: int, crop_offset: CropOffset) -> Image.Image:
+    width, height = picture.size
+    new_height, new_width = _shortest_to(size, height, width)
+    left, top = _central(new_width, size, crop_offset), _central(new_height, size, crop_offset)
+    # one axis a call: newer versions choose the order of the two passes by the shape
+    across = picture.resize((new_width, height), Image.Resampling.BICUBIC)
+    return across.resize((new_width, new_height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+
+
 def _resize_levels(images: Tensor, size: int, crop_offset: CropOffset) -> Tensor:
     """`resize_crop` of [b,3,H,W] uint8 on the CPU, by Pillow: from whole levels it is the faster way."""
     key = (images.data_ptr(), images.shape, images.stride(), size, crop_offset)
     if _resized is not None and key in _resized:
         return _resized[key][1]
-    height, width = images.shape[-2:]
-    new_height, new_width = _shortest_to(size, height, width)
-    left, top = _central(new_width, size, crop_offset), _central(new_height, size, crop_offset)
     resized = np.empty((len(images), size, size, 3), dtype=np.uint8)
     for levels, image in zip(resized, images.permute(0, 2, 3, 1).contiguous().numpy(), strict=True):
-        # one axis a call: newer versions choose the order of the two passes by the shape
-        across = Image.fromarray(image).resize((new_width, height), Image.Resampling.BICUBIC)
-        levels[:] = across.resize((new_width, new_height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+        levels[:] = _by_pillow(Image.fromarray(image), size, crop_offset)
     result = torch.from_numpy(resized).permute(0, 3, 1, 2).float()
     if _resized is not None:
         _resized[key] = images, result  # the source too: while it lives, no other has its address

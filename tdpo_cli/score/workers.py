@@ -25,6 +25,7 @@ from tdpo_cli import rewards
 from tdpo_cli.errors import RequestError, WorkError, first_line
 from tdpo_cli.rewards import preprocess, scoring
 from tdpo_cli.rewards.backbones import Backbones
+from tdpo_cli.rewards.preprocess import Square
 from tdpo_cli.score import request
 from tdpo_cli.score.captions import Item
 from tdpo_cli.score.images import UnreadableImage, read_ahead
@@ -76,6 +77,12 @@ class Scorer:
         self.work, self.device = work, torch.device(device)
         self.threads = max(1, min(8, (os.cpu_count() or 1) // len(work.devices)))
         self.rewards = scoring.load_rewards(work.rewards, Backbones(self.device, DTYPES[work.dtype]), work.checkpoints, work.variant)
+        self.squares = self._squares()
+
+    def _squares(self) -> tuple[Square, ...]:
+        """What the rewards see of an image, where this is a square for all of them; on a CPU, which resizes as fast while it decodes."""
+        seen = [getattr(reward, "square", None) for reward in self.rewards.values()]
+        return () if None in seen or self.device.type != "cpu" else tuple(dict.fromkeys(seen))
 
     def describe(self) -> dict[str, dict[str, Any]]:
         return {name: reward.describe() for name, reward in self.rewards.items()}
@@ -84,24 +91,24 @@ class Scorer:
         """One row per item, in order, None where there is no score; and why. Raises WorkError, RequestError."""
         rows: list[Row] = [{"image": item.name, "prompt": item.prompt, **dict.fromkeys(self.work.rewards)} for item in items]
         problems: list[Problem] = []
-        buckets: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}  # by size: one call needs images of one size
+        buckets: dict[tuple[int, ...], list[tuple[int, tuple[Tensor, ...]]]] = {}  # by size: one call needs images of one size
         waiting = 0
 
         def flush(size: tuple[int, ...]) -> int:
             bucket = buckets.pop(size)
             problems.extend(self._score(rows, bucket))
             advance(len(bucket))
-            return sum(pixels.nbytes for _, pixels in bucket)
+            return sum(pixels.nbytes for _, seen in bucket for pixels in seen)
 
-        with contextlib.closing(read_ahead([self.work.folder / item.name for item in items], self.threads)) as stream:
-            for index, pixels in enumerate(stream):
-                if isinstance(pixels, UnreadableImage):
-                    problems.append((items[index].name, f"{UNREADABLE}{pixels}"))
+        with contextlib.closing(read_ahead([self.work.folder / item.name for item in items], self.threads, self.squares)) as stream:
+            for index, seen in enumerate(stream):
+                if isinstance(seen, UnreadableImage):
+                    problems.append((items[index].name, f"{UNREADABLE}{seen}"))
                     advance(1)
                     continue
-                size = tuple(pixels.shape[1:])
-                buckets.setdefault(size, []).append((index, pixels))
-                waiting += pixels.nbytes
+                size = tuple(seen[0].shape[1:])
+                buckets.setdefault(size, []).append((index, seen))
+                waiting += sum(pixels.nbytes for pixels in seen)
                 if len(buckets[size]) >= max(1, min(self.work.batch_size, PIXELS_A_CALL // math.prod(size))):
                     waiting -= flush(size)
                 elif waiting > PENDING_BYTES:
@@ -135,17 +142,13 @@ class Scorer:
             if len(failed) == readable > 1:
                 raise WorkError(f"reward {name} failed on every one of {readable} images, {rows[0]['image']} to {rows[-1]['image']}: {failed[0]}")
 
-    def _score(self, rows: list[Row], batch: Sequence[tuple[int, Tensor]]) -> Iterator[Problem]:
+    def _score(self, rows: list[Row], batch: Sequence[tuple[int, tuple[Tensor, ...]]]) -> Iterator[Problem]:
         """Fill the rows of a batch."""
         mine = [rows[index] for index, _ in batch]
-        # stacked as decoded, with the colours last: Pillow resizes that without another copy
-        levels = torch.stack([pixels.permute(1, 2, 0) for _, pixels in batch]).permute(0, 3, 1, 2).to(self.device)
-        images = None if rewards.TAKES_LEVELS.issuperset(self.rewards) else preprocess.quantise(levels).div_(255)
         prompts = [row["prompt"] or "" for row in mine]
+        inputs = self._inputs([seen for _, seen in batch])
         with preprocess.resizing_once():
-            scores = {
-                name: self._scores(name, reward, levels if name in rewards.TAKES_LEVELS else images, prompts) for name, reward in self.rewards.items()
-            }
+            scores = {name: self._scores(name, reward, inputs[name], prompts) for name, reward in self.rewards.items()}
         for name, found in scores.items():
             for row, score in zip(mine, found, strict=True):
                 if isinstance(score, str):
@@ -154,6 +157,17 @@ class Scorer:
                     row[name] = float(str(np.float32(score)))  # the shortest digits that mean this float32
                 else:
                     yield row["image"], f"{name} gave {score}"
+
+    def _inputs(self, batch: Sequence[tuple[Tensor, ...]]) -> dict[str, Tensor]:
+        """Each reward's images of a batch: its square of them, or the whole images as levels or floats."""
+        # stacked as decoded, with the colours last: Pillow resizes that without another copy
+        stacked = [
+            torch.stack([pixels.permute(1, 2, 0) for pixels in column]).permute(0, 3, 1, 2).to(self.device) for column in zip(*batch, strict=True)
+        ]
+        if self.squares:
+            return {name: stacked[self.squares.index(reward.square)] for name, reward in self.rewards.items()}
+        images = None if rewards.TAKES_LEVELS.issuperset(self.rewards) else preprocess.quantise(stacked[0]).div_(255)
+        return {name: stacked[0] if name in rewards.TAKES_LEVELS else images for name in self.rewards}
 
     def _scores(self, name: str, reward: rewards.Reward, images: Tensor, prompts: list[str]) -> list[float | str]:
         """A number per image; where the reward fails, the halves of the batch are tried, and one image alone gets the reason instead.
@@ -175,9 +189,9 @@ class Scorer:
     def half_precision_difference(self, items: Sequence[Item]) -> dict[str, dict[str, float]]:
         """Reward -> largest and mean |score - float32 score|, on the first images of one size."""
         readable = [
-            (item, pixels)
-            for item, pixels in zip(items, read_ahead([self.work.folder / item.name for item in items], self.threads), strict=True)
-            if not isinstance(pixels, UnreadableImage)
+            (item, seen[0])
+            for item, seen in zip(items, read_ahead([self.work.folder / item.name for item in items], self.threads), strict=True)
+            if not isinstance(seen, UnreadableImage)
         ]
         same = [(item.prompt or "", pixels) for item, pixels in readable if pixels.shape == readable[0][1].shape][: self.work.batch_size]
         if not same:

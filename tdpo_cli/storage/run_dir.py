@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from tdpo_cli.config.fields import named
-from tdpo_cli.config.preset import RESUMABLE, Preset, from_dict
+from tdpo_cli.config.preset import from_dict
+from tdpo_cli.config.settings import RESUMABLE, Preset
 from tdpo_cli.errors import RequestError, WorkError, first_line
 from tdpo_cli.storage import disk
 

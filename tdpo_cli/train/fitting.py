@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import torch
 
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.settings import Preset
 from tdpo_cli.machine import footprint, memory
 from tdpo_cli.machine.measure import Counter, Need, measure
+from tdpo_cli.machine.networks import networks
 from tdpo_cli.models.policy import Policy
 from tdpo_cli.train.state import Job
 
@@ -34,7 +35,7 @@ def fit(job: Job, limit: int | None, counter: Counter) -> Need | None:
 def not_yet_held(job: Job) -> float:
     """Bytes that come later than the measurement: Adam's two moments, and the trajectory unless it waits in main memory."""
     trained = sum(parameter.numel() for parameter in job.policy.trainable.values())
-    nets = footprint.networks(job.preset)
+    nets = networks(job.preset)
     trajectory = 0 if job.plan.offload else footprint.trajectory_bytes(job.preset, nets, job.world.size)
     return trained * 8 + trajectory
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from tdpo_cli.algorithms import ALGORITHMS
 from tdpo_cli.config import prompts
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.settings import Preset
 from tdpo_cli.console import Console, duration, significant, size
 from tdpo_cli.errors import RequestError
 from tdpo_cli.machine import memory
@@ -33,12 +33,15 @@ def header(job: Job, out: Path, first_epoch: int) -> Sequence[tuple[str, str]]:
         ("optimizer steps", f"{preset.updates_per_epoch} per epoch, {preset.update.batch_size} samples each"),
         ("epochs", f"{epochs}; {preset.reward_queries:,} reward queries in all"),
         ("device", f"{world.device}, {world.size} process{'es' if world.size > 1 else ''}"),
-        ("plan", f"{job.plan}; about {size(memory.estimate(preset, world.size, job.plan, world.device.type == 'cuda'))} of memory"),
+        ("plan", f"{job.plan}"),
+        ("memory", f"about {size(memory.estimate(preset, world.size, job.plan, world.device.type == 'cuda'))}"),
         ("run folder", f"{out}"),
     ]
     kinds = {"embedded": "an input of the network", "none": "not used: this model has none"}
     if (kind := job.policy.family.guidance) in kinds:
         rows.insert(4, ("guidance", f"{preset.rollout.guidance_scale:g}, {kinds[kind]}"))
+    if job.policy.embeddings is not None:
+        rows.insert(3, ("embeddings", job.policy.embeddings.words))
     if preset.reward.at_least:
         rows.insert(2, ("constraints", preset.constraints_words))
     if preset.algorithm.facts.resets:
@@ -121,7 +124,7 @@ def closing(report: dict[str, Any], preset: Preset, console: Console) -> None:
     preset_file = shlex.quote(f"{report['run']}/preset.json")
     others = [name for name in ALGORITHMS if name != preset.algorithm.name]
     steps = {
-        "better, or cheating? base and checkpoints on held-out prompts:": f"tdpo cross-eval {run}",
+        "better, or over-optimised? base and checkpoints on held-out prompts:": f"tdpo cross-eval {run}",
         "more images:": f"tdpo sample {run} {prompt} --per-prompt 8",
         "more epochs:": f"tdpo train --resume --out {run} --epochs {preset.run.epochs * 2}",
         "another algorithm:": f"tdpo train --preset {preset_file} --algorithm {others[0]}",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tdpo_cli.algorithms.critic import Critic
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.settings import Preset
 from tdpo_cli.errors import WorkError
 from tdpo_cli.machine.memory import Plan
 from tdpo_cli.machine.transfer import room, send
@@ -34,6 +34,14 @@ class Draw:
         return len(self.prompts)
 
 
+def draw_prompts(preset: Preset, randomness: Randomness, epoch: int, choices: Sequence[str]) -> tuple[str, ...]:
+    """A prompt for every sample of the epoch, or one for each group. -> [N]"""
+    count, group = preset.rollout.samples_per_epoch, preset.group_size
+    if group is None:
+        return randomness.prompts(epoch, range(count), choices)
+    return randomness.groups(epoch, count // group, group, choices)
+
+
 class Actor:
     """Samples under the current policy. With a critic, also what the critic sees of every state and the value it gives."""
 
@@ -47,11 +55,7 @@ class Actor:
 
     def draw(self, epoch: int, choices: Sequence[str]) -> Draw:
         """Draw a prompt of `choices` for every sample of the epoch, or one for each group; encode each distinct one once."""
-        count, group = self.preset.rollout.samples_per_epoch, self.preset.group_size
-        if group is None:
-            prompts = self.randomness.prompts(epoch, range(count), choices)
-        else:
-            prompts = self.randomness.groups(epoch, count // group, group, choices)
+        prompts = draw_prompts(self.preset, self.randomness, epoch, choices)
         key = {prompt: self.policy.normal_form(prompt) for prompt in set(prompts)}
         with torch.inference_mode():
             texts, rows = encode(self.policy, prompts)

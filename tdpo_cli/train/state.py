@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,19 +14,24 @@ from tdpo_cli.algorithms.base import Algorithm
 from tdpo_cli.algorithms.combination import Combination
 from tdpo_cli.algorithms.critic import Critic
 from tdpo_cli.config import prompts
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.settings import Preset
 from tdpo_cli.errors import RequestError
 from tdpo_cli.machine import memory, sharding
-from tdpo_cli.machine.world import World
-from tdpo_cli.models import settings
+from tdpo_cli.machine.world import World, may_download
+from tdpo_cli.models import loading, settings
+from tdpo_cli.models.embedding_store import Store, place
+from tdpo_cli.models.embeddings import Embeddings
+from tdpo_cli.models.family import Family
 from tdpo_cli.models.policy import Policy
 from tdpo_cli.randomness import Randomness
 from tdpo_cli.rewards import Reward, scoring
 from tdpo_cli.rewards import checkpoints as reward_checkpoints
 from tdpo_cli.rewards.backbones import Backbones, ImageEncoder
 from tdpo_cli.rewards.critic_encoder import critic_encoder
+from tdpo_cli.sandbox import is_embedded
 from tdpo_cli.train import views
 from tdpo_cli.train.average import Average
+from tdpo_cli.train.rollout import draw_prompts
 
 
 @dataclass
@@ -97,19 +103,20 @@ class Job:
         self.updates, self.bad_steps = state["updates"], state["bad_steps"]
 
 
-def build(preset: Preset, world: World, plan: memory.Plan) -> Job:
-    """Load the networks and set up what trains. Raises RequestError for what the preset names and is not there."""
+def build(preset: Preset, world: World, plan: memory.Plan, say: Callable[[str], None] = lambda text: None) -> Job:
+    """Load the networks and set up what trains; `say` is told what takes long. Raises RequestError for what the preset names and is not there."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = preset.model.tf32
     randomness = Randomness(preset.run.seed)
     prompt_list = prompts.load(preset.rollout.prompts)
     policy = models.load(
         preset.model, device=world.device, negative_prompt=preset.rollout.negative_prompt,
-        keep_reference=preset.needs_reference, randomness=randomness, distribute=sharding.of(preset, world),
+        keep_reference=preset.needs_reference, randomness=randomness,
+        placing=loading.Placing(sharding.of(preset, world), kept_embeddings(preset, world, prompt_list, say)),
     )  # fmt: skip
     preset = set_schedule(policy, settings.fit(preset, settings.entry_of(preset)), randomness)
     policy.cut_up(plan.checkpointing, preset.run.compile)
     if preset.group_size is not None:
-        prompt_list = distinct_prompts(policy, prompt_list, preset)
+        prompt_list = distinct_prompts(policy.family, prompt_list, preset)
     backbones = Backbones(world.device)
     if plan.park:
         backbones.park()  # each network is on the device only while it is used
@@ -129,11 +136,36 @@ def build(preset: Preset, world: World, plan: memory.Plan) -> Job:
     )  # fmt: skip
 
 
-def distinct_prompts(policy: Policy, prompt_list: list[str], preset: Preset) -> list[str]:
+def kept_embeddings(preset: Preset, world: World, prompt_list: list[str], say: Callable[[str], None]) -> Embeddings | None:
+    """Where the embeddings of the prompts that this run will use are kept; None for an embedded model, whose text encoders are tiny."""
+    if is_embedded(preset.model.base):
+        return None
+    limit = 0 if preset.run.cache_limit is None else memory.parse_size("run.cache_limit", preset.run.cache_limit, ", or none")
+    # inside build, one process of each machine goes first already where the hub may be asked
+    turn = contextlib.nullcontext if may_download() else world.first_on_each_machine
+    say = say if world.is_main else lambda text: None
+    return Embeddings(Store(place()), limit, lambda family: run_prompts(preset, prompt_list, family), turn, say)
+
+
+def run_prompts(preset: Preset, prompt_list: list[str], family: Family) -> list[str]:
+    """The prompts that a run of the preset will use: drawn in any epoch, shown in previews, or what a critic's view is fitted on."""
+    randomness = Randomness(preset.run.seed)
+    choices = prompt_list if preset.group_size is None else distinct_prompts(family, prompt_list, preset)
+    used = dict.fromkeys(choices[: max(1, preset.run.preview_images)])
+    if preset.has_critic and preset.algorithm.critic_view == "rgb":
+        used |= dict.fromkeys(views.fitted_prompts(preset, choices))
+    for epoch in range(preset.run.epochs):
+        if len(used) == len(set(choices)):
+            break
+        used |= dict.fromkeys(draw_prompts(preset, randomness, epoch, choices))
+    return list(used)
+
+
+def distinct_prompts(family: Family, prompt_list: list[str], preset: Preset) -> list[str]:
     """The first of the prompts that the text encoder reads alike. Raises RequestError unless every group of an epoch can have its own."""
     forms: dict[str, str] = {}
     for prompt in prompt_list:
-        forms.setdefault(policy.normal_form(prompt), prompt)
+        forms.setdefault(family.normal_form(prompt), prompt)
     samples, size = preset.rollout.samples_per_epoch, preset.group_size
     if samples // size > len(forms):
         raise RequestError(

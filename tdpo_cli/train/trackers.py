@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tdpo_cli.config import preset as presets
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.settings import Preset
 from tdpo_cli.console import Console
 from tdpo_cli.errors import RequestError, first_line
 from tdpo_cli.storage.run_dir import RunDir, epoch_name

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from tdpo_cli import __version__
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.settings import Preset
 from tdpo_cli.console import Console, size
 from tdpo_cli.errors import RequestError, WorkError, first_line
 from tdpo_cli.machine import measure, memory, signals
@@ -105,7 +105,7 @@ def _run(
         return messages.summary(preset, folder, time.perf_counter() - started) if world.is_main else {}
 
     with world.first_on_each_machine() if may_download() else contextlib.nullcontext():
-        job = build(preset, world, attempt.plan)
+        job = build(preset, world, attempt.plan, console.say)
     preset = job.preset
     if loaded:
         job.load_state_dict(loaded[1])

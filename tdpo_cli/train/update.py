@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tdpo_cli.algorithms.critic import DROPOUT, WIDTHS, Critic
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.settings import Preset
 from tdpo_cli.machine.memory import Plan
 from tdpo_cli.machine.transfer import send
 from tdpo_cli.machine.world import World

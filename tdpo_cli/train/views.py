@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.settings import Preset
 from tdpo_cli.errors import RequestError, WorkError
 from tdpo_cli.machine.memory import Plan
 from tdpo_cli.machine.transfer import send
@@ -20,6 +20,9 @@ from tdpo_cli.models import loading
 from tdpo_cli.models.policy import Policy
 from tdpo_cli.randomness import Randomness
 from tdpo_cli.sampling.generate import denoise, encode
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderTiny
 
 FITTED = 16  # images that the projection is fitted on; each has as many equations as latent pixels
 
@@ -92,6 +95,8 @@ def make(policy: Policy, preset: Preset, prompts: Sequence[str], plan: Plan) -> 
 
 def tiny(policy: Policy, preset: Preset) -> Tiny:
     """Read model.tiny_vae. Raises RequestError if it is made for other latents."""
+    from diffusers import AutoencoderTiny
+
     half = loading.DTYPES[preset.model.dtype] if policy.device.type != "cpu" else torch.float32
     vae = loading.named_vae(AutoencoderTiny, "model.tiny_vae", preset.model.tiny_vae, half)
     way_out = "Name one that was made for this model, or use --set algorithm.critic_view=decode."
@@ -105,11 +110,16 @@ def tiny(policy: Policy, preset: Preset) -> Tiny:
     return Tiny(vae.requires_grad_(False).eval().to(policy.device))
 
 
+def fitted_prompts(preset: Preset, prompts: Sequence[str]) -> tuple[str, ...]:
+    """The prompts of the images that the projection is fitted on. -> [FITTED]"""
+    return Randomness(preset.run.seed, "critic-view").prompts(0, range(FITTED), prompts)
+
+
 @torch.no_grad()
 def rgb(policy: Policy, preset: Preset, prompts: Sequence[str], plan: Plan) -> RGB:
     """Fit the projection on images of the untrained policy: a function of the seed, so every process makes the same one."""
     randomness, shape = Randomness(preset.run.seed, "critic-view"), policy.latent_shape
-    texts, rows = encode(policy, randomness.prompts(0, range(FITTED), prompts))
+    texts, rows = encode(policy, fitted_prompts(preset, prompts))
     latents, images, guidance = [], [], preset.rollout.guidance_scale
     for ids in torch.arange(FITTED).split(plan.sample_batch):
         x_T = send(randomness.initial_latents(0, ids, shape), policy.device)

@@ -109,9 +109,6 @@ class Browser:
         shot = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)
         file.write_bytes(base64.b64decode(shot["data"]))
 
-    def pdf(self, file: Path) -> None:
-        file.write_bytes(base64.b64decode(self.send("Page.printToPDF", printBackground=True, paperWidth=8.27, paperHeight=11.69)["data"]))
-
     def _receive(self, timeout: float) -> dict[str, Any]:
         until = time.monotonic() + timeout
         while b"\0" not in self._buffer:

@@ -24,9 +24,10 @@ COLLECTIVES = [
 
 def install(set_: Callable[[Any, str, Any], None] = setattr) -> dict[str, Any]:
     """-> {"epochs": [...], "collectives": {name: count}}, filled while the run goes on"""
+    from tdpo_cli.models.family import Family
     from tdpo_cli.train import epoch, metrics
 
-    seen: dict[str, Any] = {"epochs": [], "collectives": dict.fromkeys(COLLECTIVES, 0), "plans": []}
+    seen: dict[str, Any] = {"epochs": [], "collectives": dict.fromkeys(COLLECTIVES, 0), "plans": [], "text_encoders_read": 0}
     c10d = torch.distributed.distributed_c10d
     for name in COLLECTIVES:
         counted = _counted(getattr(c10d, name), name, seen["collectives"])
@@ -55,6 +56,13 @@ def install(set_: Callable[[Any, str, Any], None] = setattr) -> dict[str, Any]:
         seen["plans"].append(_digest(plan.sample_index, plan.step_index))
         return plan
 
+    read = Family.read_text_encoders
+
+    def spied_read(family: Family) -> None:
+        seen["text_encoders_read"] += sum(getattr(family.pipeline, name) is None for name in family.unread)
+        read(family)
+
+    set_(Family, "read_text_encoders", spied_read)
     set_(metrics, "row", spied_row)
     set_(epoch, "shuffle_plan", spied_plan)
     return seen

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
 
 from tdpo_cli import models
-from tdpo_cli.config.preset import Model
+from tdpo_cli.config.settings import Model
 from tdpo_cli.models.policy import Policy
 from tdpo_cli.models.samplers import ddim
 from tdpo_cli.sampling.generate import denoise

@@ -135,6 +135,13 @@ def test_decode_gives_pictures_of_the_resolution(case):
     assert images.min() >= 0 and images.max() <= 1 and images.std() > 0.01
 
 
+def test_decode_in_tiles_gives_pictures(case):
+    policy = case.load(trainable=False, vae_tiling=True)
+    assert policy.family.pipeline.vae.use_tiling
+    images = policy.decode(3 * normal(policy, 2))
+    assert images.shape == (2, 3, *SIZE) and images.min() >= 0 and images.max() <= 1 and images.std() > 0.01
+
+
 def test_decode_of_a_row_is_that_of_its_batch(case):
     x = normal(case.base, 3)
     assert levels(case.base.decode(x)[1:2], case.base.decode(x[1:2])) < 0.1

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tdpo_cli import models
 from tdpo_cli.config import preset as presets
-from tdpo_cli.config.preset import Model, Preset
+from tdpo_cli.config.settings import Model, Preset
 from tdpo_cli.models import adapter
 from tdpo_cli.models.policy import Policy
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tdpo_cli.algorithms.critic import Critic
 from tdpo_cli.config import preset as presets
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.settings import Preset
 from tdpo_cli.models.families.sd import StableDiffusion
 from tdpo_cli.types import Conditioning, Trajectory
 

@@ -12,8 +12,8 @@ from tiny import preset as tiny_preset
 from tiny import rows
 
 from tdpo_cli import algorithms, models, rewards
-from tdpo_cli.config import preset as presets
-from tdpo_cli.config.preset import Model
+from tdpo_cli.config import settings
+from tdpo_cli.config.settings import Model
 
 TABLES = {"algorithms": (algorithms, "ALGORITHMS"), "rewards": (rewards, "_REWARDS"), "models": (models, "FAMILIES")}
 
@@ -53,11 +53,11 @@ def test_every_path_of_the_page_exists(page, root):
 
 @pytest.mark.slow
 def test_the_algorithm_of_the_page_trains(added, monkeypatch, tmp_path, request):
-    request.addfinalizer(presets._hints.cache_clear)
-    presets._hints.cache_clear()  # an earlier test has read which algorithms there are
+    request.addfinalizer(settings.hints_of.cache_clear)
+    settings.hints_of.cache_clear()  # an earlier test has read which algorithms there are
     added("tdpo_cli/algorithms/centred.py", "algorithms")
-    monkeypatch.setattr(presets, "ALGORITHMS", algorithms.ALGORITHMS)
-    monkeypatch.setattr(presets, "AlgorithmName", Literal[tuple(algorithms.ALGORITHMS)])
+    monkeypatch.setattr(settings, "ALGORITHMS", algorithms.ALGORITHMS)
+    monkeypatch.setattr(settings, "AlgorithmName", Literal[tuple(algorithms.ALGORITHMS)])
     outcome = tdpo("train", "--preset", tiny_preset(tmp_path), "--algorithm", "centred", "--epochs", 1, "--out", tmp_path / "run")
     assert outcome.status == 0, outcome.err
     assert rows(tmp_path / "run")[0]["policy_grad_norm"] > 0

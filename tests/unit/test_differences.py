@@ -15,7 +15,8 @@ from tdpo_cli.algorithms import moments, reset
 from tdpo_cli.algorithms.critic import Critic
 from tdpo_cli.config import preset as presets
 from tdpo_cli.config import prompts
-from tdpo_cli.config.preset import Model, SettingError
+from tdpo_cli.config.fields import SettingError
+from tdpo_cli.config.settings import Model
 from tdpo_cli.console import Console
 from tdpo_cli.machine.memory import Plan
 from tdpo_cli.machine.world import World

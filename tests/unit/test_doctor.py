@@ -104,3 +104,17 @@ def test_fetch_runs_the_commands_of_what_is_missing(tmp_path, monkeypatch):
     (tmp_path / "hf").write_text("#!/bin/sh\nexit 3\n")
     with pytest.raises(WorkError, match="hf auth login"):
         doctor.download(files, Console(quiet=True))
+
+
+def test_flow_model_that_is_not_here_is_fetched_by_its_own_parts(monkeypatch):
+    cached(monkeypatch)
+    files = doctor._base_model(make_preset(model__base="black-forest-labs/FLUX.1-dev"))
+    parts = "vae/ text_encoder/ text_encoder_2/ transformer/ tokenizer/ tokenizer_2/ scheduler/ model_index.json"
+    assert required_files.commands(files) == [f"hf download black-forest-labs/FLUX.1-dev {parts}"]
+
+
+def test_without_a_gpu_the_cards_are_said(monkeypatch):
+    monkeypatch.setattr(doctor.torch.cuda, "is_available", lambda: False)
+    result = tdpo("doctor", "--preset", "flux-grpo-pickscore")
+    assert [f"{card} GB card" in result.err for card in (16, 24, 48, 80)] == [True] * 4
+    assert not json.loads(tdpo("doctor", "--json").out)["preset"]["cards"]  # the sandbox needs none

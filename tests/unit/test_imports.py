@@ -24,7 +24,8 @@ LEVELS = {
 }  # fmt: skip
 SIBLINGS_APART = ["commands", "what is learnt from"]
 WITHOUT_TORCH = [
-    "cli", "config", "errors", "console", "machine/memory.py", "machine/footprint.py", "machine/launch.py", "machine/signals.py", "storage",
+    "cli", "config", "errors", "console", "machine/memory.py", "machine/footprint.py", "machine/networks.py", "machine/counting.py",
+    "machine/published.py", "machine/launch.py", "machine/signals.py", "storage",
     "rewards/__init__.py", "sampling/request.py", "cross_eval/request.py", "export/request.py",
 ]  # fmt: skip
 # their __init__.py is a table of what the room holds: it may be read from anywhere above, and imports what it names only on demand
@@ -161,4 +162,10 @@ def test_importing_the_quick_modules_does_not_load_torch():
     program = (
         f"import sys, {', '.join(name.removesuffix('.__init__') for name in quick)}; print(sorted({{'torch', 'numpy', 'PIL'}} & set(sys.modules)))"
     )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_help_loads_nothing_that_it_does_not_show():
+    unneeded = {"tdpo_cli.config.preset", "tdpo_cli.storage.run_dir", "tdpo_cli.models", "rich.progress", "importlib.metadata", "torch", "numpy"}
+    program = f"import sys, tdpo_cli.cli; print(sorted({unneeded!r} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -51,6 +51,21 @@ def test_import_times_are_summed_by_library():
     assert start.by_library(start.rows(report)) == {"torch": 150}
 
 
+def test_modules_beyond_the_floor_are_those_that_it_does_not_import():
+    rows = [("torch", 0, 1, 1), ("tdpo_cli", 0, 2, 2), ("rich", 1, 1, 1)]
+    assert [name for name, *_ in start.beyond(rows, rows[:1])] == ["tdpo_cli", "rich"]
+
+
+@pytest.mark.slow
+def test_sampling_imports_nothing_large_beyond_its_pipelines_own():
+    _, floor = start.measure(start.PIPELINE)
+    _, found = start.measure("import tdpo_cli.sampling.sample")
+    beyond = [name for name, *_ in start.beyond(found, floor)]
+    libraries = {name.partition(".")[0] for name in beyond} - sys.stdlib_module_names
+    assert libraries <= {"tdpo_cli", "rich", "diffusers", "transformers", "tomli", "typing_extensions", "pygments"}
+    assert not any("pipelines.flux" in name or "autoencoder_tiny" in name for name in beyond)
+
+
 @pytest.mark.slow
 def test_engine_scores_as_the_loops_do(tmp_path):
     report = score.measure(("aesthetic", "hpsv2"), score.write_files(tmp_path, 9), 4, 1, 1)

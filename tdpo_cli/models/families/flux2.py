@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor
 
-from tdpo_cli.config.preset import Model
+from tdpo_cli.config.settings import Model
 from tdpo_cli.models.family import FlowFamily, tokens_before_prompt
 from tdpo_cli.models.loading import grid_of, read_pipeline, read_scheduler_config, without_overflow
 from tdpo_cli.types import Conditioning
@@ -30,7 +30,7 @@ class Flux2Klein(FlowFamily):
 
     @classmethod
     def load(cls, source: str, model: Model, dtype: torch.dtype, device: torch.device) -> Flux2Klein:
-        pipeline = read_pipeline(source, model, dtype, "transformer", text_encoder=without_overflow(dtype))
+        pipeline = read_pipeline(source, model, dtype, "transformer", texts_later=True, text_encoder=without_overflow(dtype))
         return cls(pipeline, read_scheduler_config(source, model.revision), device, model.resolution)
 
     def shape_of(self, resolution: tuple[int, int] | None) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tdpo_cli.config.preset import Model
+from tdpo_cli.config.settings import Model
 from tdpo_cli.models.family import FlowFamily
 from tdpo_cli.models.loading import grid_of, read_pipeline, read_scheduler_config, without_overflow
 from tdpo_cli.types import Conditioning
@@ -25,7 +25,7 @@ class QwenImage(FlowFamily):
 
     @classmethod
     def load(cls, source: str, model: Model, dtype: torch.dtype, device: torch.device) -> QwenImage:
-        pipeline = read_pipeline(source, model, dtype, "transformer", text_encoder=without_overflow(dtype))
+        pipeline = read_pipeline(source, model, dtype, "transformer", texts_later=True, text_encoder=without_overflow(dtype))
         return cls(pipeline, read_scheduler_config(source, model.revision), device, model.resolution)
 
     def shape_of(self, resolution: tuple[int, int] | None) -> tuple[int, ...]:

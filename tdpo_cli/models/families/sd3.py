@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from tdpo_cli.config.preset import Model
+from tdpo_cli.config.settings import Model
 from tdpo_cli.errors import RequestError
 from tdpo_cli.models import T5
 from tdpo_cli.models.family import FlowFamily
@@ -27,17 +28,17 @@ class StableDiffusion3(FlowFamily):
     @classmethod
     def load(cls, source: str, model: Model, dtype: torch.dtype, device: torch.device) -> StableDiffusion3:
         """Read the parts; T5 may be null in the folder, or left out by `model.drop_t5`. Raises RequestError."""
-        t5_dtype = without_overflow(dtype)
-        try:
-            pipeline = read_pipeline(source, model, dtype, "transformer", absent=T5 if model.drop_t5 else (), text_encoder_3=t5_dtype)
-        except RequestError as error:
-            if any(part in str(error) for part in T5):
-                raise RequestError(f"{error} Or train without T5: --set model.drop_t5=true") from None
-            raise
-        if pipeline.text_encoder_3 is None and dtype == torch.float32:
+        absent, t5_dtype = T5 if model.drop_t5 else (), without_overflow(dtype)
+        with _advice():
+            pipeline = read_pipeline(source, model, dtype, "transformer", absent, texts_later=True, text_encoder_3=t5_dtype)
+        if pipeline.tokenizer_3 is None and dtype == torch.float32:
             # half precision rounds the logarithm of the zeros' number
             merge_zeros(pipeline.transformer, pipeline.tokenizer_max_length)
         return cls(pipeline, read_scheduler_config(source, model.revision), device, model.resolution)
+
+    def read_text_encoders(self) -> None:
+        with _advice():
+            super().read_text_encoders()
 
     @property
     def patch(self) -> int:
@@ -77,3 +78,14 @@ class StableDiffusion3(FlowFamily):
         network = self.network
         embeds, pooled = (texts.parts[name].to(network.dtype) for name in ("embeds", "pooled"))
         return network(x.to(network.dtype), timestep=t, encoder_hidden_states=embeds, pooled_projections=pooled, return_dict=False)[0]
+
+
+@contextlib.contextmanager
+def _advice() -> Iterator[None]:
+    """Where a part of T5 is missing: how to do without."""
+    try:
+        yield
+    except RequestError as error:
+        if any(part in str(error) for part in T5):
+            raise RequestError(f"{error} Or train without T5: --set model.drop_t5=true") from None
+        raise

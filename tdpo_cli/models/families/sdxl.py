@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 from torch import Tensor
 
 from tdpo_cli import models
-from tdpo_cli.config.preset import Model
+from tdpo_cli.config.settings import Model
 from tdpo_cli.errors import RequestError
 from tdpo_cli.models.families.sd import latent_size
 from tdpo_cli.models.family import Family

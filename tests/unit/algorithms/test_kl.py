@@ -31,7 +31,7 @@ def test_the_table_holds_every_mode():
 
 
 def test_every_mode_of_the_preset_exists_and_no_other():
-    from tdpo_cli.config.preset import describe
+    from tdpo_cli.config.settings import describe
 
     kinds = next(kind for key, kind, _, _ in describe() if key == "algorithm.kl_penalty")
     assert set(kinds.split(" | ")) == set(kl.PENALTIES)

@@ -199,7 +199,7 @@ def run(finished, elsewhere):
 )
 def test_a_changed_preset_is_refused_and_the_difference_said(arguments, message, run):
     said = refused(tdpo("train", "--resume", "--out", run, "--epochs", 2, *arguments))
-    changeable = "run.epochs, run.save_every, run.keep_last, run.stop_on_overoptimisation, run.trackers, run.memory_limit, run.shard"
+    changeable = "run.epochs, run.save_every, run.keep_last, run.stop_on_overoptimisation, run.trackers, run.memory_limit, run.cache_limit, run.shard"
     assert f"a resumed run keeps its preset (only {changeable} may change)" in said and message in said
     assert "run.epochs: the run has" not in said
 

@@ -210,7 +210,8 @@ def test_no_color_is_honoured(environment, coloured):
 
 
 def test_a_dry_run_gives_no_figure_of_another_model(elsewhere):
-    outcome = tdpo("train", "--preset", "qwen-image-grpo-pickscore", "--dry-run", "--json")
-    facts = json.loads(outcome.out)
-    assert facts["peak_memory_bytes"] is None and facts["flops_per_epoch"] is None
-    assert "memory unknown until downloaded" in tdpo("train", "--preset", "qwen-image-grpo-pickscore", "--dry-run").err
+    asked = ("train", "--preset", "flux-grpo-pickscore", "--set", "model.base=black-forest-labs/FLUX.2-dev", "--dry-run")
+    facts = json.loads(tdpo(*asked, "--json").out)
+    assert facts["peak_memory_bytes"] is None and facts["flops_per_epoch"] is None and facts["cards"] == {}
+    shown = tdpo(*asked).err
+    assert "memory unknown" in shown and "unknown until downloaded" in shown and "GB card" not in shown

@@ -25,6 +25,7 @@ from tdpo_cli.algorithms.combination import Combination
 from tdpo_cli.algorithms.critic import Critic
 from tdpo_cli.config import preset as presets
 from tdpo_cli.config import prompts
+from tdpo_cli.config.settings import describe
 from tdpo_cli.console import Console
 from tdpo_cli.errors import RequestError, WorkError
 from tdpo_cli.machine import memory
@@ -617,6 +618,14 @@ def sharded():
     start({"run.shard": "auto"})
 
 
+def kept_embeddings():
+    """run.cache_limit: read where text encoders are large; test_embeddings says what it does."""
+    assert start({"run.cache_limit": "nothing"}).policy.embeddings is None  # the sandbox's are tiny
+    preset = settings_of({"model.base": str(SD3), "run.cache_limit": "12 apples"})
+    with pytest.raises(RequestError, match="run.cache_limit '12 apples': expected a size such as 12GB or 800MiB, or none"):
+        build(preset, World(), memory.Plan.of(1))
+
+
 def quantised(monkeypatch):
     """model.quantise: refused where its package is absent; test_quantise says what it does."""
     monkeypatch.setitem(sys.modules, "torchao", None)
@@ -673,6 +682,18 @@ def critic_view(tmp_path):
         assert same(numbers(run_with(changes | unread)), numbers(run_with({} if "model.tiny_vae" in changes else changes)))
 
 
+def vae_tiling():
+    """model.vae_tiling: images larger than a tile have slightly other pixels; smaller ones have the same."""
+    plain, tiled = (start({"model.resolution": 64, "model.vae_tiling": on}).policy for on in (False, True))
+    assert tiled.family.pipeline.vae.use_tiling and not plain.family.pipeline.vae.use_tiling
+    latents = torch.randn(1, *plain.latent_shape, generator=torch.Generator().manual_seed(0))
+    one, other = plain.decode(latents), tiled.decode(latents)
+    assert one.shape == other.shape == (1, 3, 64, 64) and 0 <= float(other.min()) < float(other.max()) <= 1
+    assert 1e-4 < (one - other).abs().mean() < 0.1
+    small = latents[:, :, :8, :8]
+    assert torch.equal(plain.decode(small), tiled.decode(small))
+
+
 def resolution():
     """Pixels: one number or two; latents follow, and what does not divide is refused."""
     shapes = {value: start({"model.resolution": value}).policy.latent_shape for value in (32, (16, 48))}
@@ -699,6 +720,7 @@ ELSEWHERE = {
     "algorithm.critic_state": critic_state,
     "algorithm.critic_view": critic_view,
     "model.tiny_vae": critic_view,
+    "model.vae_tiling": vae_tiling,
     "rollout.prompts": rollout_prompts,
     "rollout.eval_prompts": eval_prompts,
     "reward.watch": watch,
@@ -713,6 +735,7 @@ ELSEWHERE = {
     "run.memory_limit": memory_limit,
     "run.compile": compiled,
     "run.shard": sharded,
+    "run.cache_limit": kept_embeddings,
     "run.max_bad_steps": max_bad_steps,
     "run.trackers": tracking,
     "run.stop_on_overoptimisation": stopping_early,
@@ -738,7 +761,7 @@ def test_option_outside_the_mathematics(check, request):
 
 
 def test_every_option_of_the_preset_is_in_a_table():
-    declared = {key for key, _, _, _ in presets.describe()}
+    declared = {key for key, _, _, _ in describe()}
     assert declared == CHANGES_THE_RUN.keys() | ELSEWHERE.keys()
     assert not CHANGES_THE_RUN.keys() & ELSEWHERE.keys()
 
@@ -747,7 +770,7 @@ def test_every_option_of_the_preset_is_in_a_table():
 def test_every_choice_of_an_option_is_tried(key):
     """All values of a closed list, the default (or the base run's) among them."""
     section, name = key.split(".")
-    kind = next(kind for known, kind, _, _ in presets.describe() if known == key)
+    kind = next(kind for known, kind, _, _ in describe() if known == key)
     if " | " not in kind or key == "algorithm.critic_init_std":
         return
     choices = {

@@ -10,7 +10,7 @@ from helpers import make_preset
 from tdpo_cli.algorithms import ACTS_ON, ALGORITHMS
 from tdpo_cli.config import preset as presets
 from tdpo_cli.config.fields import SettingError, said, suggest
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.settings import SECTIONS, Preset, describe
 from tdpo_cli.errors import RequestError
 
 if sys.version_info >= (3, 11):
@@ -113,7 +113,7 @@ def test_a_wrong_override_is_one_message(key, value, message):
     ],
 )
 def test_a_value_out_of_range_names_the_limit_and_what_the_setting_means(key, value, limit):
-    meaning = next(doc for known, _, _, doc in presets.describe() if known == key)
+    meaning = next(doc for known, _, _, doc in describe() if known == key)
     assert refusal((key, value)) == f"--set: {key}: {limit} ({meaning})."
 
 
@@ -282,7 +282,7 @@ def test_ddpo_and_grpo_have_no_critic():
 
 # --- settings of other algorithms -----------------------------------------------------------------------------------------
 def test_every_key_of_the_table_exists():
-    assert presets.ACTS_ON.keys() <= {key for key, _, _, _ in presets.describe()}
+    assert ACTS_ON.keys() <= {key for key, _, _, _ in describe()}
 
 
 def test_settings_of_the_file_that_the_algorithm_does_not_read_are_named():
@@ -307,7 +307,7 @@ def test_a_setting_of_another_algorithm_is_refused_on_the_command_line(algorithm
     with pytest.raises(presets.SettingError) as error:
         presets.load("quickstart", [("algorithm.name", algorithm), (key, value)])
     assert str(error.value) == f"--set: {key} acts on {acts_on} and not on {algorithm}. Leave it out."
-    default = next(default for known, _, default, _ in presets.describe() if known == key)
+    default = next(default for known, _, default, _ in describe() if known == key)
     presets.load("quickstart", [("algorithm.name", algorithm), (key, default)])
 
 
@@ -322,14 +322,14 @@ def test_the_training_reward_comes_first():
 
 # --- descriptions -------------------------------------------------------------------------------------------------------
 def test_every_setting_explains_itself():
-    rows = list(presets.describe())
-    assert len(rows) == sum(len(dataclasses.fields(cls)) for cls in presets.SECTIONS.values())
+    rows = list(describe())
+    assert len(rows) == sum(len(dataclasses.fields(cls)) for cls in SECTIONS.values())
     assert all(kind and doc for _, kind, _, doc in rows)
     assert ("run.keep_last", "a whole number | none", None) in [row[:3] for row in rows]
 
 
 def test_every_default_fits_its_own_declaration():
-    for key, _, default, _ in presets.describe():
+    for key, _, default, _ in describe():
         presets.override(Preset(), [(key, list(default) if isinstance(default, tuple) else default)])
 
 
@@ -396,4 +396,4 @@ def test_the_table_of_settings_and_algorithms_is_the_programs(root):
     lines += [f"| `{key}` | {' | '.join('yes' if name in names else '' for name in ALGORITHMS)} |" for key, names in ACTS_ON.items()]
     text = (root / "docs" / "algorithm.md").read_text()
     assert "\n".join(lines) in text, "\n".join(lines)
-    assert {key for key, *_ in presets.describe()} >= ACTS_ON.keys()
+    assert {key for key, *_ in describe()} >= ACTS_ON.keys()

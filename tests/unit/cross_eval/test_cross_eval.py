@@ -19,13 +19,15 @@ from safetensors.torch import load_file, save_file
 
 from tdpo_cli.config import prompts
 from tdpo_cli.console import Console
-from tdpo_cli.cross_eval import figure, result, tables
+from tdpo_cli.cross_eval import result
 from tdpo_cli.cross_eval.candidates import Model, Sampling
 from tdpo_cli.cross_eval.folder import Folder
 from tdpo_cli.errors import RequestError
 from tdpo_cli.models.checkpoints import Checkpoint
 from tdpo_cli.overoptimisation import statistics
 from tdpo_cli.report import cross_eval_page as page
+from tdpo_cli.report import cross_eval_tables as tables
+from tdpo_cli.report import png
 from tdpo_cli.storage.run_dir import damage
 
 PROMPTS = prompts.load("sandbox:held-out")[:5]
@@ -585,33 +587,26 @@ def test_a_missing_score_is_null_and_its_pair_is_left_out():
     assert model["rewards"]["aesthetic"] == whole["rewards"]["aesthetic"]
 
 
-@pytest.mark.parametrize("width", [80, 120, 160])
 @pytest.mark.parametrize("runs", [("one",), ("one", "quickstart-0002")])
-def test_the_tables_fit_the_terminal(width, runs, capsys):
+def test_the_terminal_shows_last_checkpoints_with_their_intervals_in_80_columns(runs, capsys):
     console = Console()
-    console.rich.width = width
-    tables.show(made_up(runs=runs), console)
+    console.rich.width = 80
+    found = made_up(runs=runs)
+    tables.show(found, console)
     said = capsys.readouterr().err
-    lines = [line for line in said.splitlines() if not line.startswith("  ")]  # sentences wrap by themselves
-    assert max(map(len, lines)) <= width
-    assert ("]" in said, "±" in said) == ((width == 160), (width == 80)) or width == 120
+    assert max(len(line) for line in said.splitlines() if not line.startswith("  ")) <= 80  # sentences wrap by themselves
+    for run in found["runs"]:
+        last = next(model for model in found["models"] if model["name"] == run["models"][-1])
+        assert f"{run['run']}: " in said and all(tables.interval(cell["standardised"]) in said for cell in last["rewards"].values())
 
 
-def test_the_terminal_shows_some_of_many_checkpoints_and_always_the_last(capsys):
-    many = {"run": "r", "models": [f"r/epoch_{epoch:04d}" for epoch in range(100)]}
-    shown = tables._thinned(many)["models"]
-    assert len(shown) <= tables.ROWS and shown[-1] == many["models"][-1]
-    assert tables._thinned({"models": many["models"][: tables.ROWS]})["models"] == many["models"][: tables.ROWS]
-
-
-@pytest.mark.slow
-def test_the_picture_of_several_runs_is_larger_and_needs_no_display(tmp_path, monkeypatch):
-    monkeypatch.delenv("DISPLAY", raising=False)
+def test_the_picture_has_a_chart_per_run_in_the_page_s_colours(tmp_path):
     for name, runs in (("one.png", ("one",)), ("two.png", ("one", "two"))):
-        (tmp_path / name).write_bytes(figure.cross_eval(made_up(runs=runs)))
+        (tmp_path / name).write_bytes(png.cross_eval(made_up(runs=runs)))
     one, two = (Image.open(tmp_path / name) for name in ("one.png", "two.png"))
-    assert two.width > one.width and two.height > one.height
-    assert len(two.convert("RGB").getcolors(1 << 24)) > 50
+    assert two.size == (one.width, 2 * one.height)
+    colours = dict((colour, count) for count, colour in two.getcolors(1 << 24))
+    assert colours[(11, 98, 196)] > 1.8 * dict((colour, count) for count, colour in one.getcolors(1 << 24))[(11, 98, 196)] > 1000  # trained
 
 
 def test_what_took_part_in_training_judges_no_checkpoint():

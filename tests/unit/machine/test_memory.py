@@ -14,20 +14,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from tdpo_cli.config import preset as presets
-from tdpo_cli.config.preset import Preset
+from tdpo_cli.config.settings import Preset
 from tdpo_cli.errors import RequestError
-from tdpo_cli.machine import footprint, memory
+from tdpo_cli.machine import counting, footprint, memory, published
+from tdpo_cli.machine.networks import guessed, networks
 from tdpo_cli.models import adapter
 from tdpo_cli.models.family import Family
 
-NARROW = {**footprint.SD1_UNET, "block_out_channels": (64, 96, 128, 256), "sample_size": 32}
+NARROW = {**published.SD1_UNET, "block_out_channels": (64, 96, 128, 256), "sample_size": 32}
 TOP_ONLY = {
     **NARROW, "down_block_types": ("CrossAttnDownBlock2D",) + ("DownBlock2D",) * 3, "up_block_types": ("UpBlock2D",) * 3 + ("CrossAttnUpBlock2D",),
 }  # fmt: skip
-UNETS = {"sd1": footprint.SD1_UNET, "sd1 at 768 pixels": {**footprint.SD1_UNET, "sample_size": 96}, "narrow": NARROW, "attention above": TOP_ONLY}
-UNETS["deep, as SDXL"] = {**footprint.SDXL_UNET, "sample_size": 64}
-VAES = {"sd1": footprint.SD1_VAE, "small": {"block_out_channels": (16, 32, 64)}}
-PARAMETERS = footprint.SD1_PARAMETERS
+UNETS = {"sd1": published.SD1_UNET, "sd1 at 768 pixels": {**published.SD1_UNET, "sample_size": 96}, "narrow": NARROW, "attention above": TOP_ONLY}
+UNETS["deep, as SDXL"] = {**published.SDXL_UNET, "sample_size": 64}
+VAES = {"sd1": published.SD1_VAE, "small": {"block_out_channels": (16, 32, 64)}}
+PARAMETERS = published.SD1_PARAMETERS
 
 
 class Flash(torch.autograd.Function):
@@ -111,7 +112,7 @@ def test_what_a_backward_pass_keeps_is_counted(flash, name, checkpointing, dtype
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         call(network, config, dtype)
     counted = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 2
-    nets = footprint.counted(config, footprint.SD1_VAE, PARAMETERS)
+    nets = counting.counted(config, published.SD1_VAE, PARAMETERS)
     size = dtype.itemsize
     predicted = footprint.backward_bytes(nets, size, checkpointing)
     # while one block is computed again, what it keeps comes on top
@@ -126,7 +127,7 @@ def test_what_a_forward_pass_needs_is_counted(flash, name):
     network = unet(config, torch.float16)
     with torch.no_grad(), Alive(network) as alive:
         call(network, config, torch.float16)
-    predicted = footprint.forward_bytes(footprint.counted(config, footprint.SD1_VAE, PARAMETERS), 2)
+    predicted = footprint.forward_bytes(counting.counted(config, published.SD1_VAE, PARAMETERS), 2)
     assert alive.peak / 2 * 0.8 < predicted < alive.peak / 2 * 1.4
 
 
@@ -142,7 +143,7 @@ def test_what_decoding_an_image_needs_is_counted(flash, name):
         ).half().eval()  # fmt: skip
     with torch.no_grad(), Alive(vae) as alive:
         vae.decode(torch.empty(1, 4, 64, 64, dtype=torch.float16, device="meta"))[0].float()
-    nets = footprint.counted(footprint.SD1_UNET, VAES[name], PARAMETERS)
+    nets = counting.counted(published.SD1_UNET, VAES[name], PARAMETERS)
     assert alive.peak * 0.9 < footprint.decode_bytes(nets, 2) < alive.peak * 1.3
 
 
@@ -235,21 +236,21 @@ def test_the_published_sizes_of_sdxl_are_those_of_its_unet():
 
     with torch.device("meta"):
         network = UNet2DConditionModel(
-            **footprint.SDXL_UNET, cross_attention_dim=2048, attention_head_dim=[5, 10, 20], addition_embed_type="text_time",
+            **published.SDXL_UNET, cross_attention_dim=2048, attention_head_dim=[5, 10, 20], addition_embed_type="text_time",
         addition_time_embed_dim=256,
             projection_class_embeddings_input_dim=2816,
         )  # fmt: skip
-    assert sum(p.numel() for p in network.parameters()) == pytest.approx(footprint.SDXL_PARAMETERS["unet"], rel=1e-4)
+    assert sum(p.numel() for p in network.parameters()) == pytest.approx(published.SDXL_PARAMETERS["unet"], rel=1e-4)
     adapter.attach(network, 4, Family.lora_targets, torch.Generator())
-    assert sum(p.numel() for p in adapter.parameters(network).values()) == 4 * footprint.SDXL_ADAPTER_PER_RANK
+    assert sum(p.numel() for p in adapter.parameters(network).values()) == 4 * published.SDXL_ADAPTER_PER_RANK
 
 
 def test_a_hub_id_of_sdxl_is_predicted_as_sdxl():
-    xl, sd = (footprint.networks(presets.load(name)) for name in ("sdxl-pickscore", "pickscore"))
+    xl, sd = (networks(presets.load(name)) for name in ("sdxl-pickscore", "pickscore"))
     assert sum(xl.parameters.values()) > 3 * sum(sd.parameters.values())
     assert xl.pixels == 1024**2 and sd.pixels == 512**2
-    assert footprint.networks(presets.load("sdxl-pickscore-24gb")).pixels == 768**2
-    assert not xl.vae_in_fp32 and footprint.networks(presets.load("sdxl-pickscore", [("model.vae", None)])).vae_in_fp32
+    assert networks(presets.load("sdxl-pickscore-24gb")).pixels == 768**2
+    assert not xl.vae_in_fp32 and networks(presets.load("sdxl-pickscore", [("model.vae", None)])).vae_in_fp32
 
 
 @pytest.mark.parametrize(("name", "gigabytes"), [("sdxl-pickscore", 80), ("sdxl-hpsv2", 80), ("sdxl-pickscore-24gb", 24)])
@@ -264,23 +265,43 @@ SHAPE = dict(attention_head_dim=64, num_attention_heads=4, joint_attention_dim=9
 NORMED = {"dual_attention_layers": (0,), "qk_norm": "rms_norm"}
 SD3_NET = dict(sample_size=64, in_channels=16, out_channels=16, patch_size=2, num_layers=3, caption_projection_dim=256, pos_embed_max_size=96)
 FLUX_NET = dict(in_channels=64, patch_size=1, num_layers=2, num_single_layers=3, guidance_embeds=True, axes_dims_rope=(16, 24, 24))
-FLOW = {"SD3": {**SHAPE, **SD3_NET}, "SD3.5": {**SHAPE, **SD3_NET, **NORMED}, "FLUX": {**SHAPE, **FLUX_NET}}
+NEWER = dict(attention_head_dim=64, num_attention_heads=4, joint_attention_dim=96)
+KLEIN_NET = dict(in_channels=128, num_layers=2, num_single_layers=3, guidance_embeds=False, axes_dims_rope=(16, 16, 16, 16), patch_size=1)
+Z_NET = dict(in_channels=16, dim=256, n_layers=3, n_refiner_layers=1, n_heads=4, n_kv_heads=4, cap_feat_dim=96, axes_dims=[16, 24, 24])
+QWEN_NET = dict(in_channels=64, num_layers=3, axes_dims_rope=(16, 24, 24), patch_size=2)
+FLOW = {
+    "SD3": {**SHAPE, **SD3_NET}, "SD3.5": {**SHAPE, **SD3_NET, **NORMED}, "FLUX": {**SHAPE, **FLUX_NET}, "klein": {**NEWER, **KLEIN_NET},
+    "Z-Image": Z_NET, "Qwen-Image": {**NEWER, **QWEN_NET},
+}  # fmt: skip
+CLASSES = {"FLUX": "Flux", "klein": "Flux2", "Z-Image": "ZImage", "Qwen-Image": "QwenImage"}
 
 
-def flow_network(config, dtype=torch.float32):
+def flow_network(name, dtype=torch.float32):
     import diffusers
 
-    kind = "Flux" if "axes_dims_rope" in config else "SD3"
+    config, kind = FLOW[name], f"{CLASSES.get(name, 'SD3')}Transformer2DModel"
+    if not hasattr(diffusers, kind):
+        pytest.skip(f"this diffusers has no {kind}")
     with torch.device("meta"):
-        network = getattr(diffusers, f"{kind}Transformer2DModel")(**config)
-    return network.to(dtype).requires_grad_(False).eval(), {**config, "_class_name": f"{kind}Transformer2DModel", "sample_size": 64}
+        network = getattr(diffusers, kind)(**config)
+    return network.to(dtype).requires_grad_(False).eval(), {**config, "_class_name": kind, "sample_size": 64}
 
 
 def flow_call(network, dtype=torch.float32):
     """Two images of 64 x 64 latents, with as many tokens of text as the family gives."""
     make = lambda *shape: torch.empty(*shape, dtype=dtype, device="meta")
     kind = type(network).__name__
-    texts, common = make(2, footprint.TEXT_TOKENS[kind], 96), {"pooled_projections": make(2, 64), "timestep": make(2), "return_dict": False}
+    texts = make(2, counting.TEXT_TOKENS.get(kind, 512), 96)
+    if kind.startswith("ZImage"):
+        return network([make(16, 1, 64, 64)] * 2, make(2), list(texts), return_dict=False)
+    common = {"timestep": make(2), "return_dict": False}
+    if kind.startswith("Qwen"):
+        shapes = [[(1, 32, 32)]] * 2
+        return network(hidden_states=make(2, 1024, 64), encoder_hidden_states=texts, encoder_hidden_states_mask=None, img_shapes=shapes, **common)
+    if kind.startswith("Flux2"):
+        ids = {"txt_ids": make(2, 512, 4), "img_ids": make(2, 1024, 4)}
+        return network(hidden_states=make(2, 1024, 128), encoder_hidden_states=texts, guidance=None, **ids, **common)
+    common["pooled_projections"] = make(2, 64)
     if kind.startswith("Flux"):
         return network(
             hidden_states=make(2, 1024, 64), encoder_hidden_states=texts, txt_ids=make(texts.shape[1], 3), img_ids=make(1024, 3),
@@ -290,9 +311,13 @@ def flow_call(network, dtype=torch.float32):
 
 
 def lora_targets(name):
-    from tdpo_cli.models.families import flux, sd3
+    from tdpo_cli.models.families import flux, qwen_image, sd3
 
-    return flux.Flux.lora_targets if name == "FLUX" else sd3.StableDiffusion3.lora_targets
+    if name == "klein":
+        ends = [f"single_transformer_blocks.{i}.attn.to_out" for i in range(KLEIN_NET["num_single_layers"])]
+        return (*Family.lora_targets, "to_qkv_mlp_proj", *ends)
+    known = {"FLUX": flux.Flux, "Z-Image": Family, "Qwen-Image": qwen_image.QwenImage}
+    return known.get(name, sd3.StableDiffusion3).lora_targets
 
 
 @pytest.mark.parametrize(
@@ -303,7 +328,7 @@ def lora_targets(name):
     ],
 )
 def test_what_a_flow_transformer_keeps_is_counted(flash, name, checkpointing, dtype):
-    network, config = flow_network(FLOW[name], dtype)
+    network, config = flow_network(name, dtype)
     adapter.attach(network, 4, lora_targets(name), torch.Generator())
     if checkpointing:
         network.enable_gradient_checkpointing()
@@ -316,19 +341,19 @@ def test_what_a_flow_transformer_keeps_is_counted(flash, name, checkpointing, dt
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         flow_call(network, dtype)
-    nets = footprint.counted_transformer(config, footprint.SD1_VAE, {"transformer": 1e9})
+    nets = counting.counted_transformer(config, published.SD1_VAE, {"transformer": 1e9})
     once_more = nets.largest_block * dtype.itemsize + nets.largest_cast * (dtype.itemsize < 4) if checkpointing else 0
     counted = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 2
     assert counted * 0.75 < footprint.backward_bytes(nets, dtype.itemsize, checkpointing) - once_more < counted * 1.25
     assert sum(p.numel() for p in adapter.parameters(network).values()) == 4 * nets.adapter_per_rank
 
 
-@pytest.mark.parametrize("name", ["FLUX", pytest.param("SD3", marks=pytest.mark.slow), pytest.param("SD3.5", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["FLUX", *(pytest.param(name, marks=pytest.mark.slow) for name in FLOW if name != "FLUX")])
 def test_what_a_flow_transformers_call_needs_is_counted(flash, name):
-    network, config = flow_network(FLOW[name], torch.bfloat16)
+    network, config = flow_network(name, torch.bfloat16)
     with torch.no_grad(), Alive(network) as alive:
         flow_call(network, torch.bfloat16)
-    nets = footprint.counted_transformer(config, footprint.SD1_VAE, {"transformer": 1e9})
+    nets = counting.counted_transformer(config, published.SD1_VAE, {"transformer": 1e9})
     assert alive.peak / 2 * 0.8 < footprint.forward_bytes(nets, 2) < alive.peak / 2 * 1.4
 
 
@@ -336,11 +361,11 @@ def test_what_a_flow_transformers_call_needs_is_counted(flash, name):
 def test_what_a_call_computes_is_counted(name):
     from torch.utils.flop_counter import FlopCounterMode
 
-    network, config = flow_network(FLOW[name]) if name in FLOW else (unet(UNETS[name], torch.float32), UNETS[name])
+    network, config = flow_network(name) if name in FLOW else (unet(UNETS[name], torch.float32), UNETS[name])
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         flow_call(network) if name in FLOW else call(network, config, torch.float32)
-    count = footprint.counted_transformer if name in FLOW else footprint.counted
-    nets = count(config, footprint.SD1_VAE, {"unet": 1e9, "transformer": 1e9})
+    count = counting.counted_transformer if name in FLOW else counting.counted
+    nets = count(config, published.SD1_VAE, {"unet": 1e9, "transformer": 1e9})
     assert nets.forward_flops == pytest.approx(counter.get_total_flops() / 2, rel=0.06)
 
 
@@ -356,22 +381,30 @@ def test_what_a_decode_computes_is_counted():
         )  # fmt: skip
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             vae.decode(torch.empty(1, 4, 64, 64))
-    nets = footprint.counted({**footprint.SD1_UNET, "sample_size": 64}, VAES["small"], PARAMETERS)
+    nets = counting.counted({**published.SD1_UNET, "sample_size": 64}, VAES["small"], PARAMETERS)
     assert nets.decode_flops == pytest.approx(counter.get_total_flops(), rel=0.06)
 
 
-@pytest.mark.parametrize(("base", "billions"), [("black-forest-labs/FLUX.1-dev", 11.9), ("stabilityai/stable-diffusion-3.5-large", 8.05)])
+PUBLISHED = {
+    "black-forest-labs/FLUX.1-dev": 11.9, "stabilityai/stable-diffusion-3.5-large": 8.05, "black-forest-labs/FLUX.2-klein-base-4B": 3.88,
+    "Tongyi-MAI/Z-Image": 6.15, "Qwen/Qwen-Image": 20.4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("base", "billions"), PUBLISHED.items())
 def test_a_hub_id_of_a_flow_model_is_predicted_as_itself(base, billions):
-    nets = footprint.networks(make_preset(model__base=base))
+    preset = make_preset(model__base=base)
+    nets = networks(preset)
+    assert not guessed(preset) and guessed(make_preset(model__base="black-forest-labs/FLUX.2-dev"))
     assert nets.parameters["transformer"] == pytest.approx(billions * 1e9, rel=0.01) and nets.pixels == 1024**2
-    assert nets.guides_by_input == ("FLUX" in base)
+    assert nets.guides_by_input == ("FLUX.1" in base)
 
 
 def test_a_folder_is_predicted_by_its_own_parts(tmp_path):
     """Torch is not needed for it: weights are counted from the headers of their files, whatever precision they are in."""
     from safetensors.torch import save_file
 
-    network, config = flow_network(FLOW["SD3.5"])
+    network, config = flow_network("SD3.5")
     folder = tmp_path / "model"
     for part, content, tensors in (
         ("transformer", {**config, "sample_size": 64}, {"a": torch.zeros(100, 7), "b": torch.zeros(30)}),
@@ -383,14 +416,49 @@ def test_a_folder_is_predicted_by_its_own_parts(tmp_path):
         save_file(tensors, folder / part / "model.safetensors")
         save_file({"a": torch.zeros(999)}, folder / part / "model.fp16.safetensors")
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipeline"}))
-    nets = footprint.networks(make_preset(model__base=str(folder), model__resolution=[512, 256]))
+    nets = networks(make_preset(model__base=str(folder), model__resolution=[512, 256]))
     assert nets.parameters == {"transformer": 730, "vae": 50, "text_encoder_3": 9}
     assert (nets.pixels, nets.latent_elements) == (512 * 256, 16 * 64 * 32)
-    assert "text_encoder_3" not in footprint.networks(make_preset(model__base=str(folder), model__drop_t5=True)).parameters
+    assert "text_encoder_3" not in networks(make_preset(model__base=str(folder), model__drop_t5=True)).parameters
 
 
 def test_a_moving_average_is_counted():
     plain, averaged = (make_preset(model__base="CompVis/stable-diffusion-v1-4", update__ema_decay=decay) for decay in (0.0, 0.9))
-    nets = footprint.networks(plain)
+    nets = networks(plain)
     more = footprint.weight_bytes(averaged, nets, 2) - footprint.weight_bytes(plain, nets, 2)
-    assert more == 4 * footprint.ADAPTER_PER_RANK * averaged.model.lora_rank
+    assert more == 4 * published.ADAPTER_PER_RANK * averaged.model.lora_rank
+
+
+# --- what cards hold --------------------------------------------------------------------------------------------------------
+def test_a_card_holds_the_roomiest_plan_that_fits():
+    preset = presets.load("flux-grpo-pickscore")
+    found = memory.cards(preset)
+    assert [int(card) for card in found] == [16, 24, 48, 80]
+    for card, one in found.items():
+        room = 0.9 * int(card) * 2**30
+        plans = [plan for plan in memory.GPU_LADDER if memory.estimate(preset, 1, plan) <= room]
+        assert one["plan"] == (plans[0].as_dict() if plans else None)
+        assert one["least_memory_bytes"] == min(memory.estimate(preset, 1, plan) for plan in memory.GPU_LADDER)
+    assert found["80"]["plan"] and not found["24"]["plan"]
+    # where no plan fits, the way to quantise that makes one fit
+    small = presets.load("flux-grpo-pickscore", [("model.quantise", found["24"]["quantise"])])
+    assert memory.cards(small)["24"]["plan"] and memory.cards(small)["24"]["quantise"] is None
+    assert "holds it with model.quantise=" in dict(memory.card_lines(found))["24 GB card"]
+
+
+def test_text_encoders_of_flow_models_leave_before_the_denoiser_comes():
+    preset = presets.load("z-image-grpo-pickscore")
+    plan, weights = memory.Plan(1, 1, 1, checkpointing=True, park=True, offload=True), networks(preset).parameters
+    kept, encoded = (memory.phases(presets.override(preset, [("run.cache_limit", limit)]), 1, plan) for limit in ("20GB", None))
+    assert kept["training"] == encoded["training"] < 2 * sum(weights.values())
+    assert encoded["encoding"] - kept["encoding"] > 2 * weights["transformer"]
+    assert kept["encoding"] > 2 * weights["text_encoder"]
+
+
+@pytest.mark.parametrize("name", ["quickstart", "qwen-image-grpo-pickscore"])
+def test_a_dry_run_fits_80_columns_and_gives_no_time_without_a_rate(name):
+    shown = tdpo("train", "--preset", name, "--dry-run").err
+    assert max(len(line) for line in shown.splitlines()) <= 80
+    assert (" at 200 TFLOP/s" in shown) == ("80 GB card" in shown) == (name != "quickstart")
+    facts = json.loads(tdpo("train", "--preset", name, "--dry-run", "--json").out)
+    assert facts["cards"] == ({} if name == "quickstart" else memory.cards(presets.load(name)))

@@ -8,7 +8,8 @@ from helpers import tdpo
 
 from tdpo_cli import models
 from tdpo_cli.config import preset as presets
-from tdpo_cli.config.preset import Preset, SettingError
+from tdpo_cli.config.fields import SettingError
+from tdpo_cli.config.settings import Preset
 from tdpo_cli.errors import RequestError
 from tdpo_cli.models import settings
 from tdpo_cli.randomness import Randomness

@@ -7,7 +7,7 @@ import torch
 from helpers import tdpo
 
 from tdpo_cli import models
-from tdpo_cli.config.preset import Model
+from tdpo_cli.config.settings import Model
 from tdpo_cli.models.zero_tokens import merge_zeros
 from tdpo_cli.sampling.generate import denoise
 from tdpo_cli.sandbox import EMBEDDED, ZOO, is_embedded, world

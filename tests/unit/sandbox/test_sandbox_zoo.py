@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 
 from tdpo_cli import models
-from tdpo_cli.config.preset import Model
+from tdpo_cli.config.settings import Model
 from tdpo_cli.sandbox import ZOO, world
 from tdpo_cli.sandbox.training import preferences
 

@@ -14,6 +14,7 @@ from tdpo_cli.config import preset as presets
 from tdpo_cli.console import Console
 from tdpo_cli.errors import RequestError, WorkError
 from tdpo_cli.machine import footprint, memory
+from tdpo_cli.machine.networks import networks
 from tdpo_cli.machine.world import World
 from tdpo_cli.train import views
 from tdpo_cli.train.epoch import run_epoch
@@ -102,7 +103,7 @@ def test_every_algorithm_trains_with_x0(name, base):
 
 def test_clean_images_are_counted_while_they_are_kept():
     preset = lambda state: make_preset(**SMALL | {"algorithm__critic_state": state})
-    nets = footprint.networks(preset("x_t"))
+    nets = networks(preset("x_t"))
     assert nets.latent_elements == 4 * 8 * 8
     assert footprint.clean_bytes(preset("x0"), nets, 1) == 4 * 4 * 256 * 4  # samples x steps x elements x bytes
     assert footprint.clean_bytes(preset("x0"), nets, 3) == 2 * 4 * 256 * 4

@@ -12,7 +12,8 @@ from accelerate import tracking
 from helpers import tdpo
 from PIL import Image
 
-from tdpo_cli.config.preset import Preset, override
+from tdpo_cli.config.preset import override
+from tdpo_cli.config.settings import Preset
 from tdpo_cli.console import Console
 from tdpo_cli.storage.run_dir import RunDir
 from tdpo_cli.train import trackers

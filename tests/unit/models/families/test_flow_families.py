@@ -8,7 +8,7 @@ import torch
 from flow_models import SD3
 
 from tdpo_cli import models
-from tdpo_cli.config.preset import Model
+from tdpo_cli.config.settings import Model
 from tdpo_cli.errors import RequestError
 from tdpo_cli.models.families.flux import Flux
 from tdpo_cli.models.families.sd3 import StableDiffusion3

@@ -18,7 +18,7 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 
 from tdpo_cli import models
-from tdpo_cli.config.preset import Model, Preset
+from tdpo_cli.config.settings import Model, Preset
 from tdpo_cli.errors import RequestError
 from tdpo_cli.models import lora_file
 from tdpo_cli.models.samplers.ddim import DDIM

@@ -17,7 +17,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from tdpo_cli import models
-from tdpo_cli.config.preset import Model
+from tdpo_cli.config.settings import Model
 from tdpo_cli.errors import RequestError, WorkError
 from tdpo_cli.models import kohya, lora_file
 from tdpo_cli.models.families.sdxl import StableDiffusionXL

@@ -120,12 +120,4 @@
     }
     display();
   }
-
-  // on paper everything that is folded opens
-  let opened = [];
-  addEventListener("beforeprint", () => {
-    opened = [...document.querySelectorAll("details:not([open]):not(.unprinted)")];
-    for (const one of opened) one.open = true;
-  });
-  addEventListener("afterprint", () => { for (const one of opened) one.open = false; });
 }

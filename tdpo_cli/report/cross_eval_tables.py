@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tdpo_cli.console import Console, significant
 from tdpo_cli.rewards import short_name
 
 Result = Mapping[str, Any]
-GAP = 2  # columns between two columns of a terminal table
-ROWS = 16  # of a terminal table
 COLUMNS = ("model", "base", "run", "epoch", "algorithm", "trained_reward", "reward_queries", "updates")
 ESTIMATES = ("difference", "standardised", "win_rate")
 
@@ -23,17 +21,6 @@ def interval(one: Mapping[str, float | None] | None, digits: int = 2) -> str:
     if one is None or one["mean"] is None:
         return "-"
     return f"{one['mean']:+.{digits}f}" + ("" if one["low"] is None else f" [{one['low']:+.{digits}f}, {one['high']:+.{digits}f}]")
-
-
-def margin(one: Mapping[str, float | None] | None, digits: int = 2) -> str:
-    """+1.10 ±0.12, half the interval's width"""
-    if one is None or one["mean"] is None:
-        return "-"
-    return f"{one['mean']:+.{digits}f}" + ("" if one["low"] is None else f" ±{(one['high'] - one['low']) / 2:.{digits}f}")
-
-
-def bare(one: Mapping[str, float | None] | None, digits: int = 2) -> str:
-    return "-" if one is None or one["mean"] is None else f"{one['mean']:+.{digits}f}"
 
 
 def share(value: float | None) -> str:
@@ -67,36 +54,36 @@ def bases(result: Result) -> tuple[list[str], list[list[str]]]:
     return ([*(["model"] if len(models) > 1 else []), "reward", "mean", "std"], rows)
 
 
-def of_run(result: Result, run: Mapping[str, Any], cell: Callable) -> tuple[list[str], list[list[str]]]:
+def of_run(result: Result, run: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Checkpoint by checkpoint: every reward on the common scale."""
-    rows = [[_epoch(model), *(cell(model["rewards"][name]["standardised"]) for name in result["rewards"])] for model in _models(result, run)]
+    rows = [[_epoch(model), *(interval(model["rewards"][name]["standardised"]) for name in result["rewards"])] for model in models_of(result, run)]
     return ["epoch", *map(short_name, result["rewards"])], rows
 
 
-def of_prompts(result: Result, run: Mapping[str, Any], cell: Callable) -> tuple[list[str], list[list[str]]]:
+def of_prompts(result: Result, run: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Checkpoint by checkpoint: how often the trained reward beats the base, what happens prompt by prompt, diversity and agreement."""
     rows = []
-    for model in _models(result, run):
+    for model in models_of(result, run):
         trained = model["rewards"].get(model["trained_reward"])
         rows.append([
             _epoch(model), share(trained["win_rate"]["mean"]) if trained else "-", share(model["prompts_all_rise"]),
-            share(model["prompts_trained_rises_others_fall"]), cell(model["diversity_difference"], 3),
-            cell((model.get("agreement") or {}).get("change")),
+            share(model["prompts_trained_rises_others_fall"]), interval(model["diversity_difference"], 3),
+            interval((model.get("agreement") or {}).get("change")),
         ])  # fmt: skip
     return ["epoch", "trained wins", "all rise", "at their cost", "diversity", "agreement"], rows
 
 
-def of_peaks(result: Result, run: Mapping[str, Any], cell: Callable) -> tuple[list[str], list[list[str]]]:
+def of_peaks(result: Result, run: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for reward, one in run["peak_to_final"].items():
         epoch = "-" if one["peak_epoch"] is None else str(one["peak_epoch"])
-        rows.append([short_name(reward), epoch, _signed(one["peak"]), _signed(one["final"]), cell(one["drop"])])
+        rows.append([short_name(reward), epoch, _signed(one["peak"]), _signed(one["final"]), interval(one["drop"])])
     return ["reward", "peak epoch", "peak", "final", "drop"], rows
 
 
-def of_matrix(result: Result, cell: Callable) -> tuple[list[str], list[list[str]]]:
+def of_matrix(result: Result) -> tuple[list[str], list[list[str]]]:
     matrix = result["matrix"]
-    rows = [[name, *map(cell, numbers)] for name, numbers in zip(matrix["trained"], matrix["standardised"], strict=True)]
+    rows = [[name, *map(interval, numbers)] for name, numbers in zip(matrix["trained"], matrix["standardised"], strict=True)]
     return ["run", *map(short_name, matrix["evaluated"])], rows
 
 
@@ -105,7 +92,8 @@ def title(run: Mapping[str, Any]) -> str:
     return f"{run['run']}{how}"
 
 
-def _models(result: Result, run: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def models_of(result: Result, run: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The entries of a run's checkpoints, in order."""
     return [model for model in result["models"] if model["name"] in run["models"]]
 
 
@@ -130,53 +118,41 @@ def as_markdown(result: Result) -> str:
     ]  # fmt: skip
     lines += [f"- **{title(run)}** - {run['verdict']['sentence']}" for run in result["runs"]] + [""]
     if len(result["runs"]) > 1:
-        lines += ["## Every run's last checkpoint", "", *_markdown(*of_matrix(result, interval)), ""]
+        lines += ["## Every run's last checkpoint", "", *markdown(*of_matrix(result)), ""]
     for run in result["runs"]:
-        lines += [f"## {title(run)}", "", *_markdown(*of_run(result, run, interval)), ""]
-        lines += ["Prompt by prompt, and the change of diversity and agreement:", "", *_markdown(*of_prompts(result, run, interval)), ""]
-        lines += ["From each reward's peak to the last checkpoint:", "", *_markdown(*of_peaks(result, run, interval)), ""]
-    lines += ["## The base model, raw", "", *_markdown(*bases(result)), ""]
+        lines += [f"## {title(run)}", "", *markdown(*of_run(result, run)), ""]
+        lines += ["Prompt by prompt, and the change of diversity and agreement:", "", *markdown(*of_prompts(result, run)), ""]
+        lines += ["From each reward's peak to the last checkpoint:", "", *markdown(*of_peaks(result, run)), ""]
+    lines += ["## The base model, raw", "", *markdown(*bases(result)), ""]
     return "\n".join(lines)
 
 
-def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
     return [f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *([cell.replace("|", r"\|") for cell in row] for row in rows))]
 
 
 # --- the terminal -------------------------------------------------------------------------------------------------------
+def of_last(result: Result, run: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The last checkpoint: every reward on the common scale, its win rate, and what it lost since its peak."""
+    last, peaks = models_of(result, run)[-1], run["peak_to_final"]
+    rows = []
+    for name in result["rewards"]:
+        reward, drop = last["rewards"][name], interval(peaks[name]["drop"]) if name in peaks else "-"
+        rows.append([short_name(name), interval(reward["standardised"]), share((reward["win_rate"] or {}).get("mean")), drop])
+    return ["reward", "change", "wins", "lost since its peak"], rows
+
+
 def show(result: Result, console: Console) -> None:
-    """Tables with intervals, or with half their widths, or with bare numbers: the first that fits the terminal."""
-    width = console.rich.width
+    """Base model, last checkpoints and verdicts; the tables of all checkpoints are in cross_eval.md."""
     console.table(*bases(result), title="the base model, raw scale")
     if result["runs"]:
         level = f"{result['bootstrap']['level']:.0%}"
-        console.say(f"\nPaired differences to the base, in its sd, with {level} intervals over prompts:")
-    thinned = [_thinned(run) for run in result["runs"]]
-    cell = _cell(lambda cell: [table(result, run, cell) for run in thinned for table in (of_run, of_prompts)], width)
-    for run, shown in zip(result["runs"], thinned, strict=True):
-        left_out = len(run["models"]) - len(shown["models"])
+        console.say(f"\nPaired differences to the base, in its sd, with {level} intervals over prompts.")
+        console.say("The tables of all checkpoints are in cross_eval.md.")
+    for run in result["runs"]:
         console.say()
-        console.table(*of_run(result, shown, cell), title=title(run) + (f" ({left_out} more checkpoints in cross_eval.md)" if left_out else ""))
-        console.say()
-        console.table(*of_prompts(result, shown, cell))
-    if len(result["runs"]) > 1:
-        console.say()
-        console.table(*of_matrix(result, _cell(lambda cell: [of_matrix(result, cell)], width)), title="every run's last checkpoint")
+        console.table(*of_last(result, run), title=f"{title(run)}, {run['models'][-1].rpartition('/')[2]}")
     if result["runs"]:
         console.say()
         console.pairs([(run["run"], run["verdict"]["sentence"]) for run in result["runs"]], title="verdict on the last checkpoint")
-
-
-def _thinned(run: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The run with at most ROWS of its checkpoints, evenly apart, the last among them."""
-    step = -(-len(run["models"]) // ROWS)
-    return {**run, "models": run["models"][::-1][::step][::-1]}
-
-
-def _cell(make: Callable, width: int) -> Callable:
-    """How to write an estimate so that all tables of `make(cell)` fit."""
-    return next((cell for cell in (interval, margin) if all(_width(*table) <= width for table in make(cell))), bare)
-
-
-def _width(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
-    return sum(max(map(len, column)) + GAP for column in zip(columns, *rows, strict=True))

@@ -127,7 +127,7 @@ class Calls:
 
 
 def _is_network(module: nn.Module) -> bool:
-    """Not the product's wrappers, whose preprocessing is no network call; its critic is a network."""
+    """Not the product's wrappers, whose preprocessing is not a network call; its critic is a network."""
     return isinstance(module, Critic) or type(module).__module__.partition(".")[0] not in ("tdpo_cli", "setup", "__main__")
 
 

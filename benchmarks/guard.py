@@ -35,7 +35,7 @@ from PIL import Image  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from tdpo_cli import rewards  # noqa: E402
-from tdpo_cli.config.preset import Model  # noqa: E402
+from tdpo_cli.config.settings import Model  # noqa: E402
 from tdpo_cli.machine.memory import Plan  # noqa: E402
 from tdpo_cli.machine.world import World  # noqa: E402
 from tdpo_cli.models import loading  # noqa: E402

@@ -35,7 +35,7 @@ from pairs import facts  # noqa: E402
 from timing import Phases, interleave, ratios, seconds, spread  # noqa: E402
 
 from tdpo_cli.config import preset as presets  # noqa: E402
-from tdpo_cli.config.preset import Preset  # noqa: E402
+from tdpo_cli.config.settings import Preset  # noqa: E402
 from tdpo_cli.console import Console  # noqa: E402
 from tdpo_cli.machine.memory import Plan  # noqa: E402
 from tdpo_cli.machine.world import World  # noqa: E402

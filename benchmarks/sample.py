@@ -30,7 +30,7 @@ from PIL import Image  # noqa: E402
 
 from tdpo_cli import models  # noqa: E402
 from tdpo_cli.config import prompts as prompt_sources  # noqa: E402
-from tdpo_cli.config.preset import Model, Preset  # noqa: E402
+from tdpo_cli.config.settings import Model, Preset  # noqa: E402
 from tdpo_cli.machine import memory  # noqa: E402
 from tdpo_cli.models import loading  # noqa: E402
 from tdpo_cli.models.policy import Policy  # noqa: E402

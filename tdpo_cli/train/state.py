@@ -33,6 +33,8 @@ from tdpo_cli.train import views
 from tdpo_cli.train.average import Average
 from tdpo_cli.train.rollout import draw_prompts
 
+Turn = Callable[[], contextlib.AbstractContextManager]
+
 
 @dataclass
 class Optimizers:
@@ -103,29 +105,37 @@ class Job:
         self.updates, self.bad_steps = state["updates"], state["bad_steps"]
 
 
-def build(preset: Preset, world: World, plan: memory.Plan, say: Callable[[str], None] = lambda text: None) -> Job:
-    """Load the networks and set up what trains; `say` is told what takes long. Raises RequestError for what the preset names and is not there."""
+def build(
+    preset: Preset, world: World, plan: memory.Plan, say: Callable[[str], None] = lambda text: None, turn: Turn = contextlib.nullcontext
+) -> Job:
+    """Load the networks and set up what trains; `say` is told what takes long. Raises RequestError for what the preset names and is not there.
+
+    Files are read inside `turn()`, which may let one process go first. No network that processes share is called there.
+    """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = preset.model.tf32
     randomness = Randomness(preset.run.seed)
-    prompt_list = prompts.load(preset.rollout.prompts)
-    policy = models.load(
-        preset.model, device=world.device, negative_prompt=preset.rollout.negative_prompt,
-        keep_reference=preset.needs_reference, randomness=randomness,
-        placing=loading.Placing(sharding.of(preset, world), kept_embeddings(preset, world, prompt_list, say)),
-    )  # fmt: skip
-    preset = set_schedule(policy, settings.fit(preset, settings.entry_of(preset)), randomness)
-    policy.cut_up(plan.checkpointing, preset.run.compile)
-    if preset.group_size is not None:
-        prompt_list = distinct_prompts(policy.family, prompt_list, preset)
-    backbones = Backbones(world.device)
-    if plan.park:
-        backbones.park()  # each network is on the device only while it is used
-    checkpoints = reward_checkpoints(preset.reward.zoo, preset.reward.checkpoints)
-    rewards = scoring.load_rewards(preset.rewards, backbones, checkpoints)
     encoder = critic = view = None
+    with turn():
+        prompt_list = prompts.load(preset.rollout.prompts)
+        policy = models.load(
+            preset.model, device=world.device, negative_prompt=preset.rollout.negative_prompt,
+            keep_reference=preset.needs_reference, randomness=randomness,
+            placing=loading.Placing(sharding.of(preset, world), kept_embeddings(preset, world, prompt_list, say)),
+        )  # fmt: skip
+        preset = set_schedule(policy, settings.fit(preset, settings.entry_of(preset)), randomness)
+        policy.cut_up(plan.checkpointing, preset.run.compile)
+        if preset.group_size is not None:
+            prompt_list = distinct_prompts(policy.family, prompt_list, preset)
+        backbones = Backbones(world.device)
+        if plan.park:
+            backbones.park()  # each network is on the device only while it is used
+        checkpoints = reward_checkpoints(preset.reward.zoo, preset.reward.checkpoints)
+        rewards = scoring.load_rewards(preset.rewards, backbones, checkpoints)
+        if preset.has_critic:
+            encoder = critic_encoder(preset.reward.train, backbones, checkpoints)
+            view = views.make(policy, preset)
     if preset.has_critic:
-        view = views.make(policy, preset, prompt_list, plan)
-        encoder = critic_encoder(preset.reward.train, backbones, checkpoints)
+        view = view or views.rgb(policy, preset, prompt_list, plan)
         critic = Critic(encoder.embed_dim, preset.algorithm.critic_init_std, preset.algorithm.critic_activation, preset.critic_beside)
         critic.initialise(randomness.initial_weights("critic"))
         critic.to(world.device)

@@ -104,8 +104,7 @@ def _run(
         track()
         return messages.summary(preset, folder, time.perf_counter() - started) if world.is_main else {}
 
-    with world.first_on_each_machine() if may_download() else contextlib.nullcontext():
-        job = build(preset, world, attempt.plan, console.say)
+    job = build(preset, world, attempt.plan, console.say, world.first_on_each_machine if may_download() else contextlib.nullcontext)
     preset = job.preset
     if loaded:
         job.load_state_dict(loaded[1])

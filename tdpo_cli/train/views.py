@@ -80,8 +80,8 @@ class RGB(View):
         return F.interpolate(colours.clamp(0, 1), size, mode="bilinear", align_corners=False)
 
 
-def make(policy: Policy, preset: Preset, prompts: Sequence[str], plan: Plan) -> View:
-    """The view that the preset names. The policy must be as training starts from it. Raises RequestError."""
+def make(policy: Policy, preset: Preset) -> View | None:
+    """The view that the preset names; None for `rgb`, which is fitted. Raises RequestError."""
     kind = preset.algorithm.critic_view
     if kind == "decode":
         return Decoded(policy)
@@ -90,7 +90,7 @@ def make(policy: Policy, preset: Preset, prompts: Sequence[str], plan: Plan) -> 
             f"algorithm.critic_view {kind} is for latents of channels x height x width; this model's are {list(policy.latent_shape)}. "
             "Use --set algorithm.critic_view=decode."
         )
-    return tiny(policy, preset) if kind == "tiny" else rgb(policy, preset, prompts, plan)
+    return tiny(policy, preset) if kind == "tiny" else None
 
 
 def tiny(policy: Policy, preset: Preset) -> Tiny:
@@ -117,7 +117,10 @@ def fitted_prompts(preset: Preset, prompts: Sequence[str]) -> tuple[str, ...]:
 
 @torch.no_grad()
 def rgb(policy: Policy, preset: Preset, prompts: Sequence[str], plan: Plan) -> RGB:
-    """Fit the projection on images of the untrained policy: a function of the seed, so every process makes the same one."""
+    """Fit the projection on images of the policy as training starts: a function of the seed, so every process makes the same one.
+
+    All processes call the network equally often, as one that is sharded needs.
+    """
     randomness, shape = Randomness(preset.run.seed, "critic-view"), policy.latent_shape
     texts, rows = encode(policy, fitted_prompts(preset, prompts))
     latents, images, guidance = [], [], preset.rollout.guidance_scale

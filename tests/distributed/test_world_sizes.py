@@ -169,3 +169,13 @@ def test_a_sharded_run_is_the_same_run_and_resumes_whole(alone, two, nursery, pl
     outcome = tdpo("train", "--resume", "--out", place / "sharded", "--epochs", 3, "--set", "run.shard=off")
     assert outcome.status == 0, outcome.err
     assert_same(rows(place / "alone")[2], rows(place / "sharded")[2], place)
+
+
+@pytest.mark.slow
+def test_a_sharded_network_fits_a_view_where_one_process_reads_files_first(nursery, place):
+    settings = ("algorithm.critic_view=rgb", "run.shard=on", "run.micro_batch=3")
+    arguments = ("train", "--preset", place / "tiny.toml", "--processes", 2, "--epochs", 1, "--out", place / "fitted")
+    chosen = [part for setting in settings for part in ("--set", setting)]
+    done = nursery.tdpo(*arguments, *chosen, worker="worker.py", HF_HUB_OFFLINE="0", TDPO_TIMEOUT="2")
+    assert done.returncode == 0, done.stderr
+    assert len(rows(place / "fitted")) == 1

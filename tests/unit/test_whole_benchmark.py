@@ -13,12 +13,12 @@ import epoch  # noqa: E402
 import pipelines  # noqa: E402
 import whole  # noqa: E402
 
-from tdpo_cli.machine import footprint  # noqa: E402
+from tdpo_cli.machine import published  # noqa: E402
 
 # the published models' weights, as the memory plan counts them
 WEIGHTS = {
-    "sd1": footprint.SD1_PARAMETERS, "sdxl": footprint.SDXL_PARAMETERS,
-    "sd35": {part: count for part, count in footprint.TRANSFORMERS["3.5-medium"][1].items() if part != "text_encoder_3"},
+    "sd1": published.SD1_PARAMETERS, "sdxl": published.SDXL_PARAMETERS,
+    "sd35": {part: count for part, count in published.TRANSFORMERS["3.5-medium"][1].items() if part != "text_encoder_3"},
 }  # fmt: skip
 
 

@@ -194,7 +194,7 @@ def test_a_view_that_cannot_be_is_refused(tmp_path):
     job.policy.latent_shape = (4, 1, 8, 8)  # a video's
     preset = dataclasses.replace(job.preset, algorithm=dataclasses.replace(job.preset.algorithm, critic_view="rgb"))
     with pytest.raises(RequestError, match=r"critic_view rgb is for latents of channels x height x width; this model's are \[4, 1, 8, 8\]"):
-        views.make(job.policy, preset, job.prompts, job.plan)
+        views.make(job.policy, preset)
 
 
 # --- resume -----------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Kill a training run at random moments, resume it, and compare with the run that nobody killed.
 
-    python tests/faults/kills.py FOLDER [--kills 50] [--seed 1]
+    python tests/faults/kills.py FOLDER [--kills 50] [--seed 1] [--base sandbox-flow]
 
 Every life is a fork of this process, which has imported everything already, so it takes a second instead of ten. Each
 goes through the real command line (`tdpo train`, then `tdpo train --resume`) and dies by SIGKILL. A finished run is
@@ -39,9 +39,9 @@ def result(run: Path) -> dict[str, object]:
     return found
 
 
-def campaign(place: Path, kills: int, seed: int) -> dict[str, object]:
+def campaign(place: Path, kills: int, seed: int, base: str) -> dict[str, object]:
     place.mkdir(parents=True, exist_ok=True)
-    preset = tiny.preset(place, **CHANGES)
+    preset = tiny.preset(place, **CHANGES, model__base=base)
     draw, begun = random.Random(seed), time.monotonic()
     straight = place / "straight"
     life = Life("train", "--preset", preset, "--out", straight)
@@ -107,7 +107,8 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--base", default="sandbox", choices=("sandbox", "sandbox-flow"))
     given = parser.parse_args()
-    outcome = campaign(given.folder, given.kills, given.seed)
+    outcome = campaign(given.folder, given.kills, given.seed, given.base)
     print(json.dumps(outcome))
     raise SystemExit(any(outcome[name] for name in BAD))

@@ -18,8 +18,8 @@ def hurt(program, *arguments):
     return json.loads(process.stdout)
 
 
-def kill(times, folder, seed):
-    counts = hurt("kills.py", folder, "--kills", times, "--seed", seed)
+def kill(times, folder, seed, base="sandbox"):
+    counts = hurt("kills.py", folder, "--kills", times, "--seed", seed, "--base", base)
     assert counts["kills"] >= times
     for name in ("epochs_lost", "epochs_doubled", "epochs_sampled_again", "failed_starts", "unequal_runs"):
         assert counts[name] == 0, name
@@ -28,6 +28,11 @@ def kill(times, folder, seed):
 @pytest.mark.slow
 def test_a_run_killed_three_times_equals_the_run_that_was_not(tmp_path):
     kill(3, tmp_path, seed=1)
+
+
+@pytest.mark.slow
+def test_a_killed_run_of_a_flow_model_equals_the_run_that_was_not(tmp_path):
+    kill(3, tmp_path, seed=3, base="sandbox-flow")
 
 
 @pytest.mark.slow

@@ -173,6 +173,7 @@ def test_one_of_two_drawings_shows(browser, pages):
 
 
 # --- side by side -------------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_prompt_and_checkpoint_are_chosen_with_lists_and_buttons(browser, pages):
     state = """(() => {
         const side = document.querySelector(".compare");

@@ -169,6 +169,7 @@ def test_workers_that_do_not_listen_are_ended_by_the_second_signal(launcher, tmp
     assert alive(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_launcher_that_was_killed(launcher, tmp_path):
     process = launcher(f"{UP}\n{WAIT}")
     assert len(alive(tmp_path)) == 2

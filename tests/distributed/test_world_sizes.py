@@ -9,6 +9,8 @@ from tolerances import NOT_COMPARED, assert_same_run
 
 from tdpo_cli.config import preset as presets
 
+pytestmark = pytest.mark.slow  # whole runs; test_sharing.py holds the same on a policy of four weights
+
 PRESET = """
 [model]
 base = "sandbox"
@@ -121,7 +123,6 @@ def test_one_process_and_two_agree(alone, two, place):
         assert_same(ours[epoch], theirs[epoch]["row"], place)
 
 
-@pytest.mark.slow
 def test_a_run_resumed_in_another_number_of_processes_is_the_same_run(alone, resumed, place):
     assert [entry["world_size"] for entry in json.loads((resumed / "env.json").read_text())] == [2, 1]
     assert {entry["micro_batch"] for entry in json.loads((resumed / "env.json").read_text())} == {3}
@@ -151,7 +152,6 @@ def test_only_the_main_process_writes_and_the_log_has_each_line_once(two, place)
     assert log.count("0/1 ") == log.count("1/1 ") == 1
 
 
-@pytest.mark.slow
 def test_four_processes_agree_too(alone, nursery, place):
     seen = workers(nursery, place, "four", "--processes", 4, "--set", "run.micro_batch=1")
     for ours, theirs in zip(rows(place / "alone"), rows(place / "four"), strict=True):
@@ -159,7 +159,6 @@ def test_four_processes_agree_too(alone, nursery, place):
     assert len({worker["epochs"][-1]["weights"] for worker in seen}) == 1
 
 
-@pytest.mark.slow
 def test_a_sharded_run_is_the_same_run_and_resumes_whole(alone, two, nursery, place):
     workers(nursery, place, "sharded", "--processes", 2, "--epochs", 2, "--set", "run.micro_batch=3", "--set", "run.shard=on")
     for ours, theirs in zip(rows(place / "two"), rows(place / "sharded"), strict=True):
@@ -171,7 +170,6 @@ def test_a_sharded_run_is_the_same_run_and_resumes_whole(alone, two, nursery, pl
     assert_same(rows(place / "alone")[2], rows(place / "sharded")[2], place)
 
 
-@pytest.mark.slow
 def test_a_sharded_network_fits_a_view_where_one_process_reads_files_first(nursery, place):
     settings = ("algorithm.critic_view=rgb", "run.shard=on", "run.micro_batch=3")
     arguments = ("train", "--preset", place / "tiny.toml", "--processes", 2, "--epochs", 1, "--out", place / "fitted")

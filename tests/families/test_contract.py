@@ -74,6 +74,7 @@ def test_log_ratio_is_zero_in_the_same_batch(rollout):
         assert ratio.eq(0).all(), (k, ratio)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "batches", [[[2, 0, 3, 1]], [[0, 1, 2], [3]], [[3], [1], [0], [2]], [[1, 1, 0, 2, 3, 3]]], ids=["permuted", "split", "single rows", "repeated"]
 )
@@ -91,6 +92,7 @@ def test_log_ratio_is_rounding_where_steps_are_mixed(rollout):
         assert ratio.abs().max() <= ROUNDING, (batch, ratio)
 
 
+@pytest.mark.slow
 def test_log_ratio_moves_with_the_weights(case, rollout):
     """So that the zeros above are no accident of a policy that ignores its adapter."""
     other = Rollout(case.fresh, rollout.guidance)
@@ -100,11 +102,13 @@ def test_log_ratio_moves_with_the_weights(case, rollout):
 
 
 # --- images -------------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @GUIDANCES
 def test_images_without_noise_are_the_pipelines(case, guidance):
     assert levels(case.ours(case.base, guidance), case.theirs(case.plain, guidance)) <= LEVELS
 
 
+@pytest.mark.slow
 def test_noise_is_drawn_in_the_pipelines_shape(case):
     drawn = case.theirs(case.plain, generator=torch.Generator().manual_seed(NOISE_SEED))
     assert levels(drawn, case.plain_images) < 0.1
@@ -224,6 +228,7 @@ def test_lora_of_diffusers_keeps_its_strength_through_training(case, tmp_path):
 
 
 # --- text ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @GUIDANCES
 def test_prompt_alone_predicts_as_in_a_batch_with_longer_ones(case, guidance):
     policy = case.moved

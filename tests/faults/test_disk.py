@@ -87,6 +87,7 @@ def test_the_run_goes_on_from_the_state_before_and_ends_as_if_nothing_had_happen
     assert damage(run / "state/epoch_0002") is None
 
 
+@pytest.mark.slow
 def test_when_both_states_are_damaged_the_message_names_both_and_nothing_is_changed(run):
     for epoch in (1, 2):
         cut(run / f"state/epoch_000{epoch}/state.pt")

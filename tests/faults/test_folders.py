@@ -40,6 +40,7 @@ def once(monkeypatch, place, name, call, act):
 
 
 # --- the folder that is written to ----------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize("again", [False, True])
 def test_samples_are_not_written_into_half_a_folder(tmp_path, monkeypatch, again):
     out = tmp_path / "out"

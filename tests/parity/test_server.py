@@ -40,6 +40,7 @@ def program(tmp_path):
     return file
 
 
+@pytest.mark.slow
 def test_pixels_and_prompts_arrive_as_they_are(program, tmp_path):
     pairs = [(f"{width}x{height}.png", prompt) for width, height in SIZES for prompt in PROMPTS]
     for width, height in SIZES:

@@ -72,6 +72,7 @@ def test_the_reward_of_the_page_trains(added, tmp_path):
     assert -1 <= rows(tmp_path / "run")[0]["rewards/warmth/mean"] <= 1
 
 
+@pytest.mark.slow
 def test_the_family_of_the_page_is_stable_diffusion(added):
     def transition():
         policy = models.load(Model(base="sandbox", lora_rank=2, dtype="fp32"))

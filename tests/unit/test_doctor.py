@@ -68,6 +68,7 @@ def test_half_precision_weights_of_a_base_model_count(monkeypatch):
     assert here == ["unet/diffusion_pytorch_model.fp16.safetensors", "text_encoder/pytorch_model.bin"]
 
 
+@pytest.mark.slow
 def test_missing_index_of_a_local_model_is_named(tmp_path):
     folder = Path(shutil.copytree(ZOO / "pipeline", tmp_path / "model"))
     named = lambda: [file.name for file in doctor._base_model(make_preset(model__base=str(folder))) if file.path is None]

@@ -280,6 +280,7 @@ def test_memory_that_runs_out_in_the_middle_of_an_epoch_costs_that_epoch_only(mo
         assert_same_run(calm, row, presets.load("calm/preset.json"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings, most", [({"run__micro_batch": 2}, 1), pytest.param({}, 0, marks=pytest.mark.slow)], ids=["asked for", "not even one fits"]
 )
@@ -376,6 +377,7 @@ rows_of_prompts = st.lists(
 prompt_files = contents | rows_of_prompts.map(lambda rows: "\n".join(map(json.dumps, rows)).encode())
 
 
+@pytest.mark.slow
 @calm(200)
 @given(prompt_files, st.sampled_from(["any.txt", "any.jsonl", "any.csv"]))
 def test_any_prompt_file(content, name):

@@ -267,6 +267,7 @@ def weights(run, part="policy"):
     return run["state"][part]
 
 
+@pytest.mark.slow
 def test_the_base_run_really_trains():
     rows = run_with({})["rows"]
     assert rows[-1]["updates"] == 4 and rows[0]["skipped_steps"] == 0
@@ -748,7 +749,8 @@ ELSEWHERE = {
 # test_bad_input (save_every, keep_last, micro_batch), test_numbers (max_bad_steps)
 SLOW = (
     stopping_early, tracking, memory_limit, compiled, shown_images, dynamics, critic_view, critic_state, run_folder, max_bad_steps,
-    dtype, vae, text_lora, sharded, watch, base, rollout_prompts, tf32, resolution,
+    dtype, vae, text_lora, sharded, watch, base, rollout_prompts, tf32, resolution, optimizer, vae_tiling,
+    start_from,
 )  # fmt: skip
 
 

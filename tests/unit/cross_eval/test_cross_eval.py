@@ -317,6 +317,7 @@ def test_a_killed_evaluation_goes_on_and_ends_the_same(run, evaluated, place):
     assert not [path for path in out.rglob("*.tmp")] and not (out / "parts").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_evaluation_is_only_drawn_again(run, evaluated):
     before = (evaluated / "cross_eval.json").read_bytes()
     (evaluated / "cross_eval.csv").unlink()
@@ -491,6 +492,7 @@ def test_a_wrong_request_is_one_line_and_leaves_nothing(arguments, message, run,
     assert not (place / "refused").exists()
 
 
+@pytest.mark.slow
 def test_a_model_that_the_hub_does_not_have_is_refused_before_anything_is_written(run, place):
     outcome = tdpo("cross-eval", run, "nowhere/model", "--prompts", "held-out.txt", "--rewards", "gold", "--out", place / "refused")
     assert (outcome.status, outcome.out) == (2, "")
@@ -600,6 +602,7 @@ def test_the_terminal_shows_last_checkpoints_with_their_intervals_in_80_columns(
         assert f"{run['run']}: " in said and all(tables.interval(cell["standardised"]) in said for cell in last["rewards"].values())
 
 
+@pytest.mark.slow
 def test_the_picture_has_a_chart_per_run_in_the_page_s_colours(tmp_path):
     for name, runs in (("one.png", ("one",)), ("two.png", ("one", "two"))):
         (tmp_path / name).write_bytes(png.cross_eval(made_up(runs=runs)))

@@ -111,6 +111,7 @@ def test_up_times_down_added_by_hand_is_the_adapted_network(policy, exported):
     assert (untouched - adapted).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_our_own_reader_finds_the_same_weights(policy, exported):
     again = models.load(dataclasses.replace(PRESET.model, start_from=str(exported[0])))
     ours = policy.state_dict()
@@ -186,6 +187,7 @@ def sdxl(targets, sizes="published"):
     return unet.config, state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [pytest.param("published", marks=pytest.mark.slow), "two levels, one layer"])
 @pytest.mark.parametrize("targets", [ATTENTION, EVERYTHING], ids=["attention", "everything"])
 def test_sdxl_names_are_read_back_by_diffusers_own_converter(sizes, targets):

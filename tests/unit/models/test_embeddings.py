@@ -68,6 +68,7 @@ def same(one, other):
     return one.parts.keys() == other.parts.keys() and all(torch.equal(one.parts[name], other.parts[name]) for name in one.parts)
 
 
+@pytest.mark.slow
 def test_embeddings_are_the_same_to_the_bit_from_the_disk_and_without_one(tmp_path):
     first, second, without = load(tmp_path), load(tmp_path), load(tmp_path / "none", limit=0)
     assert len(files(tmp_path)) == len(PROMPTS) + 1 and not files(tmp_path / "none")
@@ -79,6 +80,7 @@ def test_embeddings_are_the_same_to_the_bit_from_the_disk_and_without_one(tmp_pa
     assert all(torch.allclose(plain.parts[name], part, rtol=1e-5, atol=1e-5) for name, part in expected.parts.items())
 
 
+@pytest.mark.slow
 def test_second_start_reads_no_text_encoder(tmp_path, reads, alive):
     policy = load(tmp_path)
     assert reads == THREE and len(alive) > 3 and policy.family.pipeline.text_encoder is None and all(encoder() is None for encoder in alive)

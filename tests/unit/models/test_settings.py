@@ -9,7 +9,7 @@ from helpers import tdpo
 from tdpo_cli import models
 from tdpo_cli.config import preset as presets
 from tdpo_cli.config.fields import SettingError
-from tdpo_cli.config.settings import Preset
+from tdpo_cli.config.settings import Model, Preset
 from tdpo_cli.errors import RequestError
 from tdpo_cli.models import settings
 from tdpo_cli.randomness import Randomness
@@ -73,7 +73,7 @@ def test_a_family_that_the_installed_diffusers_lacks_names_the_version(tmp_path,
     for here, refused in (("0.36.0", True), ("0.38.1", True), ("0.39.0.dev0", False), ("0.40", False), ("1.0", False)):
         monkeypatch.setattr("importlib.metadata.version", lambda package, here=here: here)
         with pytest.raises(RequestError) as error:  # there is nothing else in the folder
-            models.load(presets.Model(base=str(tmp_path)))
+            models.load(Model(base=str(tmp_path)))
         assert (f"Z-Image needs diffusers >= 0.39, here is {here}: pip install -U diffusers" in str(error.value)) is refused
 
 

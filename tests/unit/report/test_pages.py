@@ -139,6 +139,7 @@ def paths(document, kind="line"):
     return [one["d"] for one in document.find("path", kind)]
 
 
+@pytest.mark.slow
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=20), st.booleans())
 def test_a_span_holds_all_values_and_is_never_empty(values, zero):
     low, high = svg.span(values, zero)

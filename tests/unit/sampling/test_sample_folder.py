@@ -17,6 +17,7 @@ def test_a_second_process_in_one_folder_is_refused(tmp_path):
     held.close()
 
 
+@pytest.mark.slow
 def test_without_out_each_takes_a_folder_of_its_own_and_a_refusal_leaves_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert tdpo(*ARGUMENTS, "--device", "quantum").status == 2

@@ -51,6 +51,7 @@ def test_without_noise_it_draws_what_the_pipeline_draws(policy):
     assert (wanted[0] - wanted[1]).abs().max() > 0.2
 
 
+@pytest.mark.slow
 def test_half_precision_keeps_the_zeros_apart(policy):
     """The logarithm of their number is not exact there."""
     sorts = lambda one: {type(block.attn.processor).__name__ for block in one.family.network.transformer_blocks}

@@ -52,6 +52,7 @@ def test_tokenizer_has_one_token_per_word_and_needs_only_vocab_and_merges(pipeli
     assert longest + 2 <= pipeline.tokenizer.model_max_length
 
 
+@pytest.mark.slow
 def test_autoencoder_keeps_pictures_and_gives_unit_latents(pipeline):
     from tdpo_cli.sandbox.training.vae import measure
 

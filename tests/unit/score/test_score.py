@@ -262,6 +262,7 @@ def test_wrong_number_of_prompts(folder, my, tmp_path, count):
     assert f"{count} prompts for 12 images" in refused(folder, "--rewards", my("length"), "--prompts", tmp_path / "p.txt")
 
 
+@pytest.mark.slow
 def test_prompts_for_unknown_images_and_damaged_prompt_files(folder, my, tmp_path):
     for text, message in [
         ('{"image": "x.png", "prompt": "a"}\n', "1 images that are not in"),
@@ -320,6 +321,7 @@ def test_continued_file_equals_an_uninterrupted_one(folder, my, tmp_path, suffix
         assert json.loads(result.out)["continued_from"] == (12 if cut == len(content) else max(0, whole_rows) // 4 * 4)
 
 
+@pytest.mark.slow
 def test_file_made_otherwise_is_not_continued(folder, my, tmp_path):
     out = tmp_path / "s.jsonl"
     assert tdpo("score", folder, "--rewards", my("brightness"), "--out", out).status == 0

@@ -112,6 +112,7 @@ def test_a_subfolder_that_cannot_be_read_and_what_is_left_out_is_named(folder, m
 
 
 # --- what lies outside ----------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_links_and_names_that_leave_the_folder_need_a_word(folder, tmp_path):
     (tmp_path / "secret.txt").write_text("SECRET")
     (folder / "a.txt").symlink_to(tmp_path / "secret.txt")

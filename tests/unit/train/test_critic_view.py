@@ -184,6 +184,7 @@ def test_a_tiny_vae_of_other_latents_is_refused(tmp_path, made, reason):
         start(SMALL | {"algorithm__critic_view": "tiny", "model__tiny_vae": tiny_vae(tmp_path, **made)})
 
 
+@pytest.mark.slow
 def test_a_view_that_cannot_be_is_refused(tmp_path):
     with pytest.raises(presets.SettingError, match="critic_view tiny needs model.tiny_vae"):
         make_preset(**SMALL | {"algorithm__critic_view": "tiny"})

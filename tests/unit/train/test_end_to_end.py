@@ -365,6 +365,7 @@ def test_a_missing_prompt_file_is_refused(straight, place):
     assert not (place / "refused").exists()
 
 
+@pytest.mark.slow
 def test_samples_are_never_overwritten(straight, samples):
     before = pictures(samples)
     outcome = tdpo("sample", straight, "a cat", "--out", samples)
@@ -372,6 +373,7 @@ def test_samples_are_never_overwritten(straight, samples):
     assert (pictures(samples) == before).all()
 
 
+@pytest.mark.slow
 def test_prompts_from_standard_input_and_json_on_standard_output(straight, place):
     outcome = tdpo("sample", straight, "-", "--out", place / "stdin", "--json", "--steps", 1, stdin="a red circle\n\na blue ring\n")
     assert outcome.status == 0 and outcome.err == ""

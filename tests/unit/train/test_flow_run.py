@@ -55,6 +55,7 @@ def test_every_command_takes_a_flow_run(run, place):
     assert "sandbox-flow" in (place / "page.html").read_text()
 
 
+@pytest.mark.slow
 def test_kohya_export_of_a_flow_run_says_what_works_instead(run, place):
     refused = tdpo("export", run, "--format", "kohya", "--out", place / "kohya.safetensors")
     assert refused.status == 2 and "transformer's" in refused.err and "ComfyUI and diffusers read it " in refused.err

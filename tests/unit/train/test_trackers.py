@@ -185,6 +185,7 @@ def test_a_tracker_that_fails_warns_once_and_is_told_later_what_it_missed(train,
     assert_shows_the_run(run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
 def test_a_tracker_that_cannot_start_is_a_warning(train, plain, monkeypatch, tracker):
     pytest.importorskip(tracker, reason=f"the extra `{tracker}` is not installed")

@@ -65,6 +65,7 @@ def test_lora_is_on_the_joint_attention_only():
     assert ends == {"to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"}
 
 
+@pytest.mark.slow
 def test_drop_t5_puts_zeros_in_place_of_its_tokens():
     whole, without = load(), load(drop_t5=True)
     assert without.family.pipeline.text_encoder_3 is without.family.pipeline.tokenizer_3 is None
@@ -130,6 +131,7 @@ def test_embedded_guidance_is_the_plain_scale_in_one_call(flux_folder, monkeypat
     assert call["img_ids"][:, 1].max() == 3 and call["img_ids"][:, 2].max() == 7 and not call["txt_ids"].any()
 
 
+@pytest.mark.slow
 def test_without_the_embedding_guidance_is_classifier_free(flux_folder, tmp_path, monkeypatch):
     from diffusers import FluxTransformer2DModel
 
@@ -152,6 +154,7 @@ def test_packing_is_undone(flux_folder):
     assert torch.equal(family.unpack(packed, 8, 12), latents)
 
 
+@pytest.mark.slow
 def test_the_schedule_depends_on_the_resolution(flux_folder):
     small, large = (load(flux_folder, resolution=(side, side)) for side in (16, 64))
     assert [policy.family.tokens for policy in (small, large)] == [16, 256]
@@ -208,6 +211,7 @@ def test_shown_images_have_no_noise_unless_asked_for():
     assert policy.scheduled(4, 0.7).stochastic.tolist() == [True, True, True, False]
 
 
+@pytest.mark.slow
 def test_settings_of_ddim_are_refused():
     policy = load()
     with pytest.raises(RequestError, match="rollout.dynamics ddim is not for flow-matching models. These are: flow-sde, cps, dance-sde"):

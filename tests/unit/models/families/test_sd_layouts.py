@@ -96,6 +96,7 @@ def test_a_folder_with_fp16_files_only_loads(tmp_path, expected, pickled):
     assert_same(outputs(policy), expected, tolerance=0.05)
 
 
+@pytest.mark.slow
 def test_plain_files_are_preferred_where_both_lie(pipeline, tmp_path, expected):
     pipeline.save_pretrained(tmp_path)
     for part in ("unet", "vae", "text_encoder"):
@@ -158,6 +159,7 @@ SCHEDULERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_any_scheduler_becomes_the_same_ddim(folder, expected, name):
     SCHEDULERS[name].save_pretrained(folder / "scheduler")
@@ -216,6 +218,7 @@ def test_dynamic_thresholding_is_read_from_the_config(folder):
     assert (policy.sampler.threshold_ratio, policy.sampler.threshold_max) == (0.9, 2.0)
 
 
+@pytest.mark.slow
 def test_a_step_without_noise_cannot_be_trained_on_but_sampled(folder):
     """linspace ends at timestep 0, where the previous timestep is the same one."""
     edit(folder / "scheduler/scheduler_config.json", _class_name="DDIMScheduler", timestep_spacing="linspace")
@@ -224,6 +227,7 @@ def test_a_step_without_noise_cannot_be_trained_on_but_sampled(folder):
     models.load(Model(base=str(folder), dtype="fp32"), trainable=False).set_schedule(4, 1.0)
 
 
+@pytest.mark.slow
 def test_eta_0_cannot_be_trained_on_but_sampled(folder):
     with pytest.raises(RequestError, match="rollout.eta is 0.0"):
         load(folder).set_schedule(4, 0.0)
@@ -435,6 +439,7 @@ def test_a_hub_id_loads_from_the_cache_by_revision(cache, expected):
         load("someone/tiny", revision="nope")
 
 
+@pytest.mark.slow
 def test_a_hub_id_with_fp16_files_only_loads_from_the_cache(cache, expected):
     place = in_the_cache(cache, "someone/half", "main", "d" * 40, SOURCE)
     for part in ("unet", "vae", "text_encoder"):
@@ -468,6 +473,7 @@ def trained(tmp_path_factory):
     return run, checkpoint, outputs(policy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["file", "checkpoint", "run"])
 def test_training_starts_from_a_lora_file_a_checkpoint_or_a_run(trained, expected, how):
     run, checkpoint, made = trained

@@ -131,6 +131,7 @@ def in_dtype(folder, dtype):
     return StableDiffusionXL.load(str(folder), Model(base=str(folder)), DTYPES[dtype], torch.device("cpu"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "force", "expected"), [("fp16", True, "fp32"), ("fp16", False, "fp16"), ("bf16", True, "bf16"), ("fp32", True, "fp32")]
 )

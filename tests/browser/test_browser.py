@@ -7,7 +7,7 @@ from page_examples import make_cross_eval, make_run
 from tdpo_cli.report import cross_eval_page, html
 from tdpo_cli.report import report as reporting
 
-pytestmark = pytest.mark.skipif(find() is None, reason=f"no browser found: none of {', '.join(NAMES)}")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(find() is None, reason=f"no browser found: none of {', '.join(NAMES)}")]
 
 PHONE, DESKTOP = 390, 1280
 
@@ -173,7 +173,6 @@ def test_one_of_two_drawings_shows(browser, pages):
 
 
 # --- side by side -------------------------------------------------------------------------------------------------------------
-@pytest.mark.slow
 def test_prompt_and_checkpoint_are_chosen_with_lists_and_buttons(browser, pages):
     state = """(() => {
         const side = document.querySelector(".compare");

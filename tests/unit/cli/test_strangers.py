@@ -354,6 +354,7 @@ def test_nothing_acts_on_the_terminal(capsys):
     assert "\x1b[2J" not in shown and "[/].py:f" in shown and "[red]x" in shown and "na[/]me" in shown
 
 
+@pytest.mark.slow
 def test_names_of_a_preset_are_shown_without_escapes_and_short(tmp_path):
     (tmp_path / "it.json").write_text(json.dumps({"run": {"\x1b[31m" + "x" * 20_000: 1}}))
     message = refused("train", "--preset", tmp_path / "it.json")

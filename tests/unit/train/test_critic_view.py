@@ -158,6 +158,7 @@ def test_rgb_is_a_function_of_the_seed_and_shows_colours_like_the_decoder():
     assert torch.allclose(seen.image_embeds[:, 0], one.encoder(one.view(seen.latents[:, 0])), atol=2e-3)
 
 
+@pytest.mark.slow
 def test_tiny_scales_by_its_own_numbers(tmp_path):
     job = start(SMALL | {"algorithm__critic_view": "tiny", "model__tiny_vae": tiny_vae(tmp_path)})
     vae, latents = job.view.vae, torch.randn(2, *job.policy.latent_shape, generator=torch.Generator().manual_seed(0))

@@ -243,6 +243,7 @@ def history(file):
     return runs, steps, exits
 
 
+@pytest.mark.slow
 def test_wandb_offline_gets_the_whole_run_under_one_id_at_every_start(train, plain, monkeypatch):
     pytest.importorskip("wandb", reason="the extra `wandb` is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -114,6 +114,7 @@ def test_sharded_weights_load(pipeline, tmp_path, expected, variant):
     assert_same(outputs(load(tmp_path)), expected)
 
 
+@pytest.mark.slow
 def test_safety_checker_in_the_index_is_never_loaded(folder, expected):
     index = json.loads((folder / "model_index.json").read_text())
     index |= {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "feature_extractor": ["transformers", "CLIPImageProcessor"]}
@@ -484,6 +485,7 @@ def test_training_starts_from_a_lora_file_a_checkpoint_or_a_run(trained, expecte
     assert all(p.requires_grad and p.dtype == torch.float32 for p in policy.trainable.values())
 
 
+@pytest.mark.slow
 def test_the_reference_is_what_training_started_from(trained):
     """The loaded LoRA is part of it; ours lies beside it, new, and moves the policy alone."""
     policy = load(SOURCE, start_from=str(trained[1]), lora_rank=3)  # the ranks need not agree

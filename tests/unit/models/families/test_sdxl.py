@@ -69,8 +69,7 @@ def ours_and_theirs(policy, steps, guidance, negative_prompt):
 
 # 9 latents of 8 pixels: no multiple of what the UNet halves
 CALLS = list(itertools.product((1, 2), (None, (64, 128), (72, 64)), ((5.0, ""), (5.0, "ugly"), (1.0, ""))))
-# each variant, size and guidance once
-QUICK_CALLS = [(1, None, (5.0, "ugly")), (2, (72, 64), (5.0, "")), (1, (64, 128), (1.0, ""))]
+QUICK_CALLS = [(1, None, (5.0, "ugly"))]
 
 
 @pytest.mark.parametrize(
@@ -208,6 +207,7 @@ def test_another_kind_of_model_is_one_clear_message(folder, name):
     assert str(folder) in str(caught.value) and len(str(caught.value)) < 400
 
 
+@pytest.mark.slow
 def test_pipelines_that_change_images_are_sampled_and_not_trained(folder):
     edit(folder / "model_index.json", _class_name="StableDiffusionXLImg2ImgPipeline")
     assert isinstance(load(folder).family.pipeline, StableDiffusionXLPipeline)

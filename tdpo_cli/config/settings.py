@@ -181,7 +181,7 @@ class Run:
     memory_limit: str | None = knob(
         None, "bytes a process may use, as 12GB, or auto (what is free); it chooses how the work is cut up, never the result"
     )
-    cache_limit: str | None = knob(
+    cache_limit: str = knob(
         "20GB", "large text encoders: bytes of embeddings that are kept on disk, in TDPO_CACHE or the user's folder of caches; none keeps nothing"
     )
     shard: Literal["auto", "on", "off"] = knob(

@@ -102,7 +102,7 @@ def leaving_bytes(preset: Preset, nets: Networks, size: int) -> float:
 def encoding_bytes(preset: Preset, nets: Networks, size: int) -> float:
     """Weights on a GPU while text encoders compute there; the denoiser comes later where embeddings are kept, and is there before in 4 bits."""
     whole = weight_bytes(preset, nets, size)
-    if preset.run.cache_limit is None or preset.model.quantise == "nf4":
+    if preset.run.cache_limit == "none" or preset.model.quantise == "nf4":
         return whole
     return leaving_bytes(preset, nets, size) + nets.parameters.get("vae", 0.0) * size
 

@@ -150,7 +150,7 @@ def kept_embeddings(preset: Preset, world: World, prompt_list: list[str], say: C
     """Where the embeddings of the prompts that this run will use are kept; None for an embedded model, whose text encoders are tiny."""
     if is_embedded(preset.model.base):
         return None
-    limit = 0 if preset.run.cache_limit is None else memory.parse_size("run.cache_limit", preset.run.cache_limit, ", or none")
+    limit = 0 if preset.run.cache_limit == "none" else memory.parse_size("run.cache_limit", preset.run.cache_limit, ", or none")
     # inside build, one process of each machine goes first already where the hub may be asked
     turn = contextlib.nullcontext if may_download() else world.first_on_each_machine
     say = say if world.is_main else lambda text: None

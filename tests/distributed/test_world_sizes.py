@@ -161,7 +161,7 @@ def test_four_processes_agree_too(alone, nursery, place):
 
 def test_a_sharded_run_is_the_same_run_and_resumes_whole(alone, two, nursery, place):
     workers(nursery, place, "sharded", "--processes", 2, "--epochs", 2, "--set", "run.micro_batch=3", "--set", "run.shard=on")
-    for ours, theirs in zip(rows(place / "two"), rows(place / "sharded"), strict=True):
+    for ours, theirs in zip(rows(place / "two")[:2], rows(place / "sharded"), strict=True):
         assert_same(ours, theirs, place)
     names = [{file.name for file in (place / run / "checkpoints" / "epoch_0001").iterdir()} for run in ("two", "sharded")]
     assert names[0] == names[1]

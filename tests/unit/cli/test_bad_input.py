@@ -402,7 +402,7 @@ def test_any_file_of_prompts_for_scoring(content, name, as_metadata):
     file = folder / "metadata.jsonl" if as_metadata else Path(name)
     file.write_bytes(content)
     try:
-        items = captions.collect(folder, None, None if as_metadata else file)
+        items = captions.collect(folder, None, None if as_metadata else file).items
     except RequestError as error:
         assert str(error)
     else:

@@ -450,7 +450,7 @@ def test_a_card_holds_the_roomiest_plan_that_fits():
 def test_text_encoders_of_flow_models_leave_before_the_denoiser_comes():
     preset = presets.load("z-image-grpo-pickscore")
     plan, weights = memory.Plan(1, 1, 1, checkpointing=True, park=True, offload=True), networks(preset).parameters
-    kept, encoded = (memory.phases(presets.override(preset, [("run.cache_limit", limit)]), 1, plan) for limit in ("20GB", None))
+    kept, encoded = (memory.phases(presets.override(preset, [("run.cache_limit", limit)]), 1, plan) for limit in ("20GB", "none"))
     assert kept["training"] == encoded["training"] < 2 * sum(weights.values())
     assert encoded["encoding"] - kept["encoding"] > 2 * weights["transformer"]
     assert kept["encoding"] > 2 * weights["text_encoder"]

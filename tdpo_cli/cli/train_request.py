@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tdpo_cli import rewards
 from tdpo_cli.config import preset as presets
@@ -16,6 +16,10 @@ from tdpo_cli.errors import RequestError
 from tdpo_cli.machine import launch
 from tdpo_cli.sandbox import is_embedded
 from tdpo_cli.storage.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from tdpo_cli.machine import memory
+    from tdpo_cli.models import FamilyEntry
 
 
 def resolve(
@@ -131,10 +135,21 @@ def dry_run(preset: presets.Preset, as_json: bool) -> None:
             share["peak_memory_bytes"] = None
     if as_json:
         return print(json.dumps(facts))
+    console = Console()
+    console.pairs(_wrapped(_rows(preset, entry, plan, facts)), title="dry run: nothing is written")
+    console.say("  Memory and computation are predictions. The plan is chosen from free")
+    console.say("  memory and never changes the result.")
+
+
+def _rows(preset: presets.Preset, entry: FamilyEntry | None, plan: memory.Plan, facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a dry run prints of `facts`."""
+    from tdpo_cli.machine.memory import card_lines
+
+    flops = facts["flops_per_epoch"]
     share = "{samples} samples, {samples_per_optimizer_step} per optimizer step, {memory}"
     about = lambda count: "memory unknown" if count is None else f"about {size(count)}"
-    shown = {count: share.format(**numbers, memory=about(numbers["peak_memory_bytes"])) for count, numbers in shares.items()}
-    rows = [
+    shown = {count: share.format(**numbers, memory=about(numbers["peak_memory_bytes"])) for count, numbers in facts["per_device"].items()}
+    return [
         ("model", preset.model.base),
         ("family", entry.title if entry else "unknown until downloaded"),
         ("noise", _noise(preset) if entry else "checked against the family once it is downloaded"),
@@ -148,14 +163,10 @@ def dry_run(preset: presets.Preset, as_json: bool) -> None:
         ("reward queries", f"{preset.reward_queries:,}"),
         ("on 1 device", shown[1]),
         ("on each of 8", shown[8]),
-        ("computation", "unknown until downloaded" if unknown else _computation(facts["flops_per_epoch"], not gpu)),
+        ("computation", "unknown until downloaded" if flops is None else _computation(flops, is_embedded(preset.model.base))),
         ("plan", str(plan)),
-        *memory.card_lines(facts["cards"]),
+        *card_lines(facts["cards"]),
     ]
-    console = Console()
-    console.pairs(_wrapped(rows), title="dry run: nothing is written")
-    console.say("  Memory and computation are predictions. The plan is chosen from free")
-    console.say("  memory and never changes the result.")
 
 
 def _wrapped(rows: list[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -70,7 +70,7 @@ class ScoreFile:
 
     def append(self, rows: Sequence[Row]) -> None:
         """Raises WorkError, also where the file was removed or replaced: the rows before these would be missing."""
-        if self.lock is not None and not claims.is_open_as(self.lock, self.path):
+        if self.lock is not None and not disk.is_open_as(self.lock, self.path):
             raise WorkError(f"{self.path}: the file was removed, moved or replaced while it was written. The same command starts anew.")
         with disk.failures(self.path), open(self.path, "a", encoding="utf-8", newline="") as file:
             file.write("".join(map(self._line, rows)))

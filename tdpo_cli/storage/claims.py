@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 from tdpo_cli.errors import RequestError
+from tdpo_cli.storage import disk
 
 
 def own_file(path: Path, doing: str, new: bool = False) -> IO[bytes]:
@@ -20,40 +19,17 @@ def own_file(path: Path, doing: str, new: bool = False) -> IO[bytes]:
     doing: what a second process is told that the first is doing. `new`: FileExistsError where the file exists. Raises RequestError.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_EXCL if new else 0)
-    while True:
+
+    def opened() -> IO[bytes]:
         try:
-            file = os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0)
+            return os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0)
         except FileExistsError:
             raise
         except OSError as error:
             raise RequestError(f"{path}: cannot be written: {error.strerror}.") from None
-        try:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise RequestError(f"{path}: not a regular file.")
-            _lock(file, path, doing)
-            if is_open_as(file, path):
-                return file
-        except BaseException:
-            file.close()
-            raise
-        file.close()  # its owner removed it between the two calls
 
-
-def _lock(file: IO[bytes], path: Path, doing: str) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise RequestError(f"{path}: another tdpo process is {doing} this file. Wait for it, or choose another --out.") from None
-    except OSError as error:
-        raise RequestError(f"{path}: this file system cannot lock ({error.strerror}); choose another place.") from None
-
-
-def is_open_as(file: IO[bytes], path: Path) -> bool:
-    """Whether the open file still has that name."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except OSError:
-        return False
+    busy = f"{path}: another tdpo process is {doing} this file. Wait for it, or choose another --out."
+    return disk.locked(opened, lambda file: disk.is_open_as(file, path), path, path, busy)
 
 
 def new_file(base: Path, name: str, suffix: str, doing: str) -> tuple[Path, IO[bytes]]:

@@ -12,7 +12,7 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -57,32 +57,53 @@ def lock(folder: Path, doing: str) -> IO:
 
     doing: what a second process is told that the first is doing there. Raises RequestError.
     """
-    while True:
+
+    def opened() -> IO:
         make(folder)
         refuse_links(folder, [".lock"])
         try:
-            file = os.fdopen(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | NOT_FOLLOWED, MODE), "rb", buffering=0)
+            return os.fdopen(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | NOT_FOLLOWED, MODE), "rb", buffering=0)
         except OSError as error:
             raise RequestError(f"{folder}: cannot be written: {error.strerror}") from None
+
+    still_it = lambda file: is_locked_by(folder, file)
+    return locked(opened, still_it, folder / ".lock", folder, f"{folder}: another tdpo process is {doing} in this folder.")
+
+
+def locked(opened: Callable[[], IO], still_it: Callable[[IO], bool], path: Path, place: Path, busy: str) -> IO:
+    """Open and lock a file, again where it was removed in between. -> the file; the kernel lets go when it is closed.
+
+    path: of the file. place: what a message names. busy: the message where another process has it. Raises RequestError.
+    """
+    while True:
+        file = opened()
         try:
-            _lock(file, folder, doing)
-            if is_locked_by(folder, file):
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise RequestError(f"{path}: not a regular file.")
+            _flock(file, place, busy)
+            if still_it(file):
                 return file
         except BaseException:
             file.close()
             raise
-        file.close()  # the folder was removed between the two calls
+        file.close()  # removed between the two calls
 
 
-def _lock(file: IO, folder: Path, doing: str) -> None:
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        raise RequestError(f"{folder / '.lock'}: not a regular file.")
+def _flock(file: IO, place: Path, busy: str) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise RequestError(f"{folder}: another tdpo process is {doing} in this folder.") from None
+        raise RequestError(busy) from None
     except OSError as error:
-        raise RequestError(f"{folder}: this file system cannot lock ({error.strerror}); choose another place.") from None
+        raise RequestError(f"{place}: this file system cannot lock ({error.strerror}); choose another place.") from None
+
+
+def is_open_as(file: IO, path: Path, follow_symlinks: bool = True) -> bool:
+    """Whether the open file still has that name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path, follow_symlinks=follow_symlinks))
+    except OSError:
+        return False
 
 
 def watch(folder: Path, within: float = 40.0) -> IO | None:
@@ -102,10 +123,7 @@ def watch(folder: Path, within: float = 40.0) -> IO | None:
 
 def is_locked_by(folder: Path, lock: IO) -> bool:
     """Whether the folder is still the one that was locked."""
-    try:
-        return os.path.samestat(os.stat(folder / ".lock", follow_symlinks=False), os.fstat(lock.fileno()))
-    except OSError:
-        return False
+    return is_open_as(lock, folder / ".lock", follow_symlinks=False)
 
 
 def still_there(folder: Path, lock: IO | None) -> None:

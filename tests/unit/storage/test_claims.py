@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from tdpo_cli.errors import RequestError
-from tdpo_cli.storage import claims
+from tdpo_cli.storage import claims, disk
 
 
 def test_new_folders_are_made_and_counted_up_past_what_exists(tmp_path):
@@ -53,15 +53,15 @@ def test_a_file_has_one_owner_and_keeps_its_content(tmp_path):
 
 
 def test_a_file_that_its_owner_removes_is_not_taken_over_without_a_name(tmp_path, monkeypatch):
-    path, real, calls = tmp_path / "s.jsonl", claims._lock, []
+    path, real, calls = tmp_path / "s.jsonl", disk._flock, []
 
-    def removed_in_between(file, path, doing):
+    def removed_in_between(file, place, busy):
         if not calls:
             path.unlink()  # by the owner that was refused, between the two calls
         calls.append(1)
-        real(file, path, doing)
+        real(file, place, busy)
 
-    monkeypatch.setattr(claims, "_lock", removed_in_between)
+    monkeypatch.setattr(disk, "_flock", removed_in_between)
     with claims.own_file(path, "writing") as file:
         assert len(calls) == 2 and os.path.samestat(os.fstat(file.fileno()), path.stat())
 
